@@ -1,0 +1,191 @@
+// The only file that knows torch: tensors to raw pointers, threads, the choice of the instruction set.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/problem.h"
+
+namespace py = pybind11;
+using at::Tensor;
+typedef std::optional<Tensor> MaybeTensor;
+
+namespace deltamem {
+namespace {
+
+std::vector<const Kernels*> supported_kernels() {
+  std::vector<const Kernels*> found;
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
+    found.push_back(&kAvx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
+#endif
+  found.push_back(&kBaseline);
+  return found;
+}
+
+const Kernels*& kernels() {
+  static const Kernels* chosen = supported_kernels().front();
+  return chosen;
+}
+
+void use_isa(const std::string& name) {
+  for (const Kernels* k : supported_kernels())
+    if (name == k->isa) {
+      kernels() = k;
+      return;
+    }
+  throw std::invalid_argument("this processor has no instruction set " + name);
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* k : supported_kernels()) names.emplace_back(k->isa);
+  return names;
+}
+
+DType dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kHalf: return DType::f16;
+    case at::kBFloat16: return DType::bf16;
+    case at::kFloat: return DType::f32;
+    case at::kDouble: return DType::f64;
+    default: throw std::invalid_argument(std::string("no kernel for dtype ") + c10::toString(x.scalar_type()));
+  }
+}
+
+// A gate per head, [B, T, H], has the same number in all rows: stride 0.
+Operand operand(const Tensor& x) {
+  Operand o{x.data_ptr(), dtype(x), {}};
+  for (int64_t i = 0; i < x.dim(); ++i) o.stride[i] = x.stride(i);
+  return o;
+}
+Operand operand(const MaybeTensor& x) { return x ? operand(*x) : Operand{}; }
+
+struct Inputs {
+  Problem problem;
+  std::vector<int64_t> bounds;
+};
+
+void read_bounds(const Tensor& cu_seqlens, int64_t T, std::vector<int64_t>& bounds) {
+  const int64_t n = cu_seqlens.numel(), stride = cu_seqlens.stride(0);
+  bounds.resize(n);
+  bool good = true;
+  for (int64_t i = 0; i < n; ++i) {
+    bounds[i] = cu_seqlens.scalar_type() == at::kInt ? cu_seqlens.const_data_ptr<int32_t>()[i * stride]
+                                                     : cu_seqlens.const_data_ptr<int64_t>()[i * stride];
+    good = good && (i ? bounds[i] >= bounds[i - 1] : bounds[i] == 0);
+  }
+  if (!good || bounds.back() != T) {
+    std::string values;
+    for (int64_t i = 0; i < n && i < 16; ++i) values += (i ? ", " : "") + std::to_string(bounds[i]);
+    throw std::invalid_argument("cu_seqlens must rise from 0 to T=" + std::to_string(T) + ", got [" + values +
+                                (n > 16 ? ", ...]" : "]"));
+  }
+}
+
+Mode mode_named(const std::string& name) {
+  if (name == "standard") return Mode::standard;
+  if (name == "lambda_outside") return Mode::lambda_outside;
+  if (name == "no_lambda") return Mode::no_lambda;
+  if (name == "affine") return Mode::affine;
+  throw std::invalid_argument("no mode " + name);
+}
+
+Inputs inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta, const MaybeTensor& decay,
+              const MaybeTensor& write, const MaybeTensor& initial_state, const MaybeTensor& mask,
+              const MaybeTensor& cu_seqlens, const std::string& mode) {
+  Inputs in{};
+  Problem& p = in.problem;
+  p.B = q.size(0), p.T = q.size(1), p.H = q.size(2), p.R = q.size(3), p.N = p.B;
+  p.mode = mode_named(mode);
+  for (const MaybeTensor& x : {MaybeTensor(q), MaybeTensor(k), MaybeTensor(v), MaybeTensor(beta), decay, write,
+                               initial_state})
+    p.double_precision = p.double_precision || (x && x->scalar_type() == at::kDouble);
+  p.q = operand(q), p.k = operand(k), p.v = operand(v), p.beta = operand(beta);
+  p.decay = operand(decay), p.write = operand(write), p.initial_state = operand(initial_state);
+  if (mask) {
+    p.mask = mask->const_data_ptr<bool>();
+    p.mask_stride[0] = mask->stride(0), p.mask_stride[1] = mask->stride(1);
+  }
+  if (cu_seqlens) {
+    read_bounds(*cu_seqlens, p.T, in.bounds);
+    p.N = cu_seqlens->numel() - 1;
+    p.cu_seqlens = in.bounds.data();
+  }
+  return in;
+}
+
+// Threads share sequences x heads. Below a few microseconds of work a second thread costs more than it brings.
+template <class F>
+void for_each_task(const Problem& p, F&& f) {
+  const int64_t tasks = p.N * p.H;
+  if (tasks == 0) return;
+  const int64_t tokens = p.cu_seqlens ? p.T / p.N + 1 : p.T;
+  const int64_t work = (tokens + 4) * p.R * (p.R + 8);  // about 15 numbers a nanosecond
+  at::parallel_for(0, tasks, std::max<int64_t>(1, 200000 / work), f);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+                                           const MaybeTensor& decay, const MaybeTensor& write,
+                                           const MaybeTensor& initial_state, const MaybeTensor& mask,
+                                           const MaybeTensor& cu_seqlens, const std::string& mode, bool save) {
+  const Inputs in = inputs(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode);
+  const Problem& p = in.problem;
+  const auto type = q.options().dtype(p.double_precision ? at::kDouble : at::kFloat);
+  Tensor reads = at::empty(q.sizes(), q.options());
+  Tensor final_state = at::empty({p.N, p.H, p.R, p.R}, type);
+  // Slots between packed sequences are never read: zeros keep what is returned the same on every run.
+  Tensor checkpoints = !save         ? at::empty({0}, type)
+                       : p.cu_seqlens ? at::zeros({p.B, p.T / kCheckpointInterval, p.H, p.R, p.R}, type)
+                                      : at::empty({p.B, p.T / kCheckpointInterval, p.H, p.R, p.R}, type);
+  const ForwardOutput out{operand(reads), final_state.data_ptr(), save ? checkpoints.data_ptr() : nullptr};
+  {
+    py::gil_scoped_release release;
+    for_each_task(p, [&](int64_t begin, int64_t end) { kernels()->forward(p, out, begin, end); });
+  }
+  return {reads, final_state, checkpoints};
+}
+
+std::vector<MaybeTensor> backward(const MaybeTensor& d_reads, const MaybeTensor& d_final_state, const Tensor& q,
+                                  const Tensor& k, const Tensor& v, const Tensor& beta, const MaybeTensor& decay,
+                                  const MaybeTensor& write, const MaybeTensor& initial_state, const MaybeTensor& mask,
+                                  const MaybeTensor& cu_seqlens, const Tensor& checkpoints, const std::string& mode,
+                                  const std::vector<bool>& needs) {
+  const Inputs in = inputs(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode);
+  const Problem& p = in.problem;
+  const MaybeTensor wanted[7] = {q, k, v, beta, decay, write, initial_state};
+  std::vector<MaybeTensor> grads(7);
+  for (int i = 0; i < 7; ++i)
+    if (needs[i]) grads[i] = at::empty(wanted[i]->sizes(), wanted[i]->options());
+  const auto per_head = [](const MaybeTensor& gate) { return gate && gate->dim() == 3; };
+  const BackwardOutput out{operand(grads[0]), operand(grads[1]), operand(grads[2]), operand(grads[3]),
+                           operand(grads[4]), operand(grads[5]), per_head(beta),    per_head(decay),
+                           per_head(write),   operand(grads[6])};
+  {
+    py::gil_scoped_release release;
+    for_each_task(p, [&](int64_t begin, int64_t end) {
+      kernels()->backward(p, operand(d_reads), operand(d_final_state), checkpoints.data_ptr(), out, begin, end);
+    });
+  }
+  return grads;
+}
+
+}  // namespace
+}  // namespace deltamem
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("forward", &deltamem::forward);
+  m.def("backward", &deltamem::backward);
+  m.def("isas", &deltamem::isas, "The instruction sets this processor has, the best first.");
+  m.def("use_isa", &deltamem::use_isa, "Run the kernels of this instruction set from now on.");
+  m.def("isa", [] { return std::string(deltamem::kernels()->isa); });
+}

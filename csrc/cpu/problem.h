@@ -1,0 +1,56 @@
+// What a call of the CPU kernels is given: raw pointers, strides in elements, no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "../delta_rule.h"
+
+namespace deltamem {
+
+// A state is kept for backward before every 64th token of a sequence.
+constexpr int kCheckpointInterval = 64;
+
+enum class DType : int { f16, bf16, f32, f64 };
+
+// [B, T, H, R] (a gate per head has stride 0 over the rows) or, for a state, [N, H, R, R]; data is null where absent.
+struct Operand {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride[4] = {};
+};
+
+struct Problem {
+  int64_t B, T, H, R, N;
+  Mode mode;
+  bool double_precision;
+  Operand q, k, v, beta, decay, write, initial_state;
+  const bool* mask;  // [B, T], null where absent
+  int64_t mask_stride[2];
+  const int64_t* cu_seqlens;  // [N + 1], null where N sequences of T tokens each stand in B = N rows
+};
+
+// Contiguous, in the dtype of the arithmetic (but reads, in q's); checkpoints null where backward is not wanted.
+struct ForwardOutput {
+  Operand reads;
+  void* final_state;
+  void* checkpoints;  // [B, T / 64, H, R, R]
+};
+
+// Each gradient contiguous, in the shape and dtype of its operand; data is null where nobody asks for it.
+struct BackwardOutput {
+  Operand q, k, v, beta, decay, write;
+  bool beta_per_head, decay_per_head, write_per_head;
+  Operand initial_state;
+};
+
+// The work on sequences x heads [begin, end): any split over threads gives the same bits.
+struct Kernels {
+  const char* isa;
+  void (*forward)(const Problem&, const ForwardOutput&, int64_t begin, int64_t end);
+  void (*backward)(const Problem&, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
+                   const BackwardOutput&, int64_t begin, int64_t end);
+};
+
+extern const Kernels kBaseline, kAvx2, kAvx512;
+
+}  // namespace deltamem

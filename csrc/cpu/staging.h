@@ -1,0 +1,99 @@
+// Operands of any dtype and stride to rows of numbers in the arithmetic's dtype, and results back.
+#pragma once
+
+#include "convert.h"
+#include "problem.h"
+
+namespace deltamem {
+inline namespace DELTAMEM_ISA {
+
+template <class F>
+DELTAMEM_INLINE void with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f16: return f(Half{});
+    case DType::bf16: return f(BFloat16{});
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+  }
+}
+
+template <class T>
+constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+// Tokens of one sequence and head: row t begins at data + t * stride.
+template <class T>
+struct Rows {
+  const T* data;
+  ptrdiff_t stride;
+  DELTAMEM_INLINE const T* operator[](int t) const { return data + t * stride; }
+};
+
+// n tokens of one head, from `first` on, counted from the start of row b of the batch.
+struct Span {
+  int64_t b, first, h;
+  int n;
+  template <class X>
+  DELTAMEM_INLINE X* begin(const Operand& x) const {
+    return static_cast<X*>(x.data) + b * x.stride[0] + first * x.stride[1] + h * x.stride[2];
+  }
+};
+
+// The rows of an operand, where they stand if they can be used so, else copied to `buffer`, `width` numbers a row
+// (zeros behind the R that count). Rank is a constant or an int.
+template <class T, class Rank>
+Rows<T> stage(const Operand& x, Span span, Rank R, int width, bool in_place, T* buffer) {
+  if (in_place && x.dtype == kDType<T> && x.stride[3] == 1) return {span.begin<T>(x), ptrdiff_t(x.stride[1])};
+  with_dtype(x.dtype, [&](auto tag) {
+    const auto* p = span.begin<decltype(tag)>(x);
+    for (int t = 0; t < span.n; ++t, p += x.stride[1]) {
+      T* row = buffer + t * width;
+      if (x.stride[3] == 1)
+        convert_row(p, row, R);
+      else
+        for (int i = 0; i < R; ++i) convert<1>(p + i * x.stride[3], row + i);
+      for (int i = R; i < width; ++i) row[i] = T(0);
+    }
+  });
+  return {buffer, width};
+}
+
+// Rows of `width` numbers to out, or the sum of each where out holds one number per head.
+template <class T, class Rank>
+void unstage(const Operand& out, Span span, Rank R, const T* rows, int width, bool per_head = false) {
+  with_dtype(out.dtype, [&](auto tag) {
+    auto* p = span.begin<decltype(tag)>(out);
+    for (int t = 0; t < span.n; ++t, p += out.stride[1], rows += width) {
+      if (per_head) {
+        T sum = rows[0];
+        for (int i = 1; i < R; ++i) sum += rows[i];
+        convert<1>(&sum, p);
+      } else {
+        convert_row(rows, p, R);
+      }
+    }
+  });
+}
+
+// A state, [R rows, R columns] of any strides, to and from blocks of W rows: column j of a block is W numbers.
+template <int W, class T>
+void load_state(const Operand& x, int64_t n, int64_t h, int R, T* S) {
+  with_dtype(x.dtype, [&](auto tag) {
+    const auto* p = static_cast<const decltype(tag)*>(x.data) + n * x.stride[0] + h * x.stride[1];
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < R; ++j)
+        convert<1>(p + i * x.stride[2] + j * x.stride[3], S + (i / W * R + j) * W + i % W);
+  });
+}
+
+template <int W, class T>
+void store_state(const T* S, int R, const Operand& x, int64_t n, int64_t h) {
+  with_dtype(x.dtype, [&](auto tag) {
+    auto* p = static_cast<decltype(tag)*>(x.data) + n * x.stride[0] + h * x.stride[1];
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < R; ++j)
+        convert<1>(S + (i / W * R + j) * W + i % W, p + i * x.stride[2] + j * x.stride[3]);
+  });
+}
+
+}  // namespace DELTAMEM_ISA
+}  // namespace deltamem

@@ -1,0 +1,121 @@
+// W numbers side by side, on the compiler's own vector types: the lanes of delta_rule.h on a CPU.
+#pragma once
+
+#include "../delta_rule.h"
+#include "headers.h"
+
+namespace deltamem {
+inline namespace DELTAMEM_ISA {
+
+template <class T, int W>
+struct Vec {
+  typedef T Native __attribute__((vector_size(W * sizeof(T))));
+  Native x;
+
+  DELTAMEM_INLINE static Vec load(const T* p) {
+    Vec v;
+    std::memcpy(&v.x, p, sizeof(v.x));
+    return v;
+  }
+  DELTAMEM_INLINE static Vec splat(T value) { return {value - Native{}}; }
+  DELTAMEM_INLINE void store(T* p) const { std::memcpy(p, &x, sizeof(x)); }
+};
+
+template <class T, int W>
+DELTAMEM_INLINE Vec<T, W> operator+(Vec<T, W> a, Vec<T, W> b) {
+  return {a.x + b.x};
+}
+template <class T, int W>
+DELTAMEM_INLINE Vec<T, W> operator-(Vec<T, W> a, Vec<T, W> b) {
+  return {a.x - b.x};
+}
+template <class T, int W>
+DELTAMEM_INLINE Vec<T, W> operator*(Vec<T, W> a, Vec<T, W> b) {
+  return {a.x * b.x};
+}
+
+// Contraction is off (-ffp-contract=off), so that a sequence gets the same bits whatever runs beside it: every fused
+// multiply-add is one written here. Where the hardware has none, it is a product and a sum. (The compiler's own macros
+// do not tell what `#pragma GCC target` switched on.)
+template <class T, int W>
+DELTAMEM_INLINE Vec<T, W> fma(Vec<T, W> a, Vec<T, W> b, Vec<T, W> c) {
+  if constexpr (false) {
+  }
+#if defined(__x86_64__) && DELTAMEM_VECTOR_BYTES >= 64
+  else if constexpr (W * sizeof(T) == 64 && sizeof(T) == 4)
+    return {(typename Vec<T, W>::Native)_mm512_fmadd_ps((__m512)a.x, (__m512)b.x, (__m512)c.x)};
+  else if constexpr (W * sizeof(T) == 64)
+    return {(typename Vec<T, W>::Native)_mm512_fmadd_pd((__m512d)a.x, (__m512d)b.x, (__m512d)c.x)};
+#endif
+#if defined(__x86_64__) && DELTAMEM_VECTOR_BYTES >= 32
+  else if constexpr (W * sizeof(T) == 32 && sizeof(T) == 4)
+    return {(typename Vec<T, W>::Native)_mm256_fmadd_ps((__m256)a.x, (__m256)b.x, (__m256)c.x)};
+  else if constexpr (W * sizeof(T) == 32)
+    return {(typename Vec<T, W>::Native)_mm256_fmadd_pd((__m256d)a.x, (__m256d)b.x, (__m256d)c.x)};
+  else if constexpr (W * sizeof(T) == 16 && sizeof(T) == 4)
+    return {(typename Vec<T, W>::Native)_mm_fmadd_ps((__m128)a.x, (__m128)b.x, (__m128)c.x)};
+  else if constexpr (W * sizeof(T) == 16)
+    return {(typename Vec<T, W>::Native)_mm_fmadd_pd((__m128d)a.x, (__m128d)b.x, (__m128d)c.x)};
+#elif defined(__aarch64__)
+  else if constexpr (W * sizeof(T) == 16 && sizeof(T) == 4)
+    return {(typename Vec<T, W>::Native)vfmaq_f32((float32x4_t)c.x, (float32x4_t)a.x, (float32x4_t)b.x)};
+  else if constexpr (W * sizeof(T) == 16)
+    return {(typename Vec<T, W>::Native)vfmaq_f64((float64x2_t)c.x, (float64x2_t)a.x, (float64x2_t)b.x)};
+#endif
+  else
+    return {a.x * b.x + c.x};
+}
+template <class T, int W>
+DELTAMEM_INLINE Vec<T, W> fnma(Vec<T, W> a, Vec<T, W> b, Vec<T, W> c) {
+  return fma(Vec<T, W>{-a.x}, b, c);
+}
+
+// Column j of a token's query or key, the same for every row.
+template <class T, int W>
+struct Broadcast {
+  const T* p;
+  DELTAMEM_INLINE Vec<T, W> operator[](int j) const { return Vec<T, W>::splat(p[j]); }
+};
+
+// From a and b, two vectors of the same length, every other group of Unit numbers (the first, third ... with Odd = 0)
+// of each Block, those of a before those of b.
+template <int Unit, int Block, int Odd, class T, int W, int... I>
+DELTAMEM_INLINE Vec<T, W> every_other(Vec<T, W> a, Vec<T, W> b, std::integer_sequence<int, I...>) {
+  constexpr auto source = [](int i) {
+    const int group = i % Block / Unit, half = Block / Unit / 2;
+    return i / Block * Block + (group % half * 2 + Odd) * Unit + i % Unit + (group < half ? 0 : W);
+  };
+#ifdef __clang__
+  return {__builtin_shufflevector(a.x, b.x, source(I)...)};
+#else
+  typedef std::conditional_t<sizeof(T) == 4, int, long long> Index;
+  typedef Index Mask __attribute__((vector_size(W * sizeof(T))));
+  return {__builtin_shuffle(a.x, b.x, Mask{source(I)...})};
+#endif
+}
+
+template <int Unit, int Block, class T, int W>
+DELTAMEM_INLINE Vec<T, W> add_neighbours(Vec<T, W> a, Vec<T, W> b) {
+  const std::make_integer_sequence<int, W> all;
+  return every_other<Unit, Block, 0>(a, b, all) + every_other<Unit, Block, 1>(a, b, all);
+}
+
+// Sums over the rows of a head: number j of the result is the sum of the lanes of v[j], W vectors in all. A tree of
+// additions between neighbours, first inside 128 bits, where shuffles are cheap, then between those.
+template <class T, int W>
+DELTAMEM_INLINE Vec<T, W> sum_lanes(Vec<T, W>* v) {
+  constexpr int near = 16 / sizeof(T) < W ? 16 / sizeof(T) : W;
+#pragma GCC unroll 4
+  for (int n = W; n > W / near; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) v[i] = add_neighbours<1, near>(v[2 * i], v[2 * i + 1]);
+  if constexpr (W > near)
+#pragma GCC unroll 4
+    for (int n = W / near; n > 1; n /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < n / 2; ++i) v[i] = add_neighbours<near, W>(v[2 * i], v[2 * i + 1]);
+  return v[0];
+}
+
+}  // namespace DELTAMEM_ISA
+}  // namespace deltamem

@@ -1,0 +1,101 @@
+"""`python -m deltamem_kernels`: versions, devices, what each backend can do here, and whether it computes the right
+thing on this machine. Exit status 1 on a mismatch, which on a new GPU or compiler release is wrong code generation."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import platform
+import sys
+
+import torch
+from torch import Tensor
+
+from . import __version__, backends, delta_update
+from .backends import extension
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+"""Of the relative error against float64. bfloat16 results are rounded to 8 bits, about 2e-3 on average."""
+
+
+def main() -> int:
+    print(f"deltamem_kernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {_triton()}")
+    print(f"CPU {platform.machine()}, {torch.get_num_threads()} threads; GPU {_gpu()}")
+    failed = False
+    for name, status in backends().items():
+        if not status:
+            print(f"  {name:<10} cannot run: {status.reason}")
+            continue
+        try:
+            cases, worst, misses = self_check(name)
+        except Exception as error:
+            print(f"  {name:<10} FAILED: {type(error).__name__}: {error}")
+            failed = True
+            continue
+        note = f", {extension.library().isa()}" if name == "cpu" else ""
+        verdict = "WRONG" if misses else "right"
+        print(f"  {name:<10} {verdict} ({cases} cases, float32 error at most {worst:.1e}{note})")
+        for miss in misses:
+            print(f"             {miss}")
+        failed = failed or bool(misses)
+    return int(failed)
+
+
+def self_check(backend: str) -> tuple[int, float, list[str]]:
+    """Runs a few problems, forward and backward, against the float64 reference: how many, the worst error in
+    float32, and a line for each that misses."""
+    device = "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+    interpreted = backend == "triton" and device == "cpu"
+    tokens = 3 if interpreted else 130  # a token takes milliseconds in Triton's interpreter
+    ranks = (4,) if interpreted else (4, 8, 16)
+    cases, worst, misses = 0, 0.0, []
+    for rank, mode, dtype in itertools.product(ranks, ("standard", "lambda_outside", "no_lambda"), TOLERANCE):
+        operands = _problem(tokens, rank, mode, dtype)
+        exact = _results(operands, mode, "reference", torch.float64, "cpu")
+        ours = _results(operands, mode, backend, dtype, device)
+        for name, x in exact.items():
+            error = ((ours[name].double().cpu() - x).norm() / x.norm()).item()
+            worst = max(worst, error) if dtype == torch.float32 else worst
+            if not error <= TOLERANCE[dtype]:
+                misses.append(f"{name}, {mode}, R={rank}, {dtype}: error {error:.1e}, at most {TOLERANCE[dtype]:.0e}")
+        cases += 1
+    return cases, worst, misses
+
+
+def _problem(tokens: int, rank: int, mode: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(rank)
+    q, k, v, state = (torch.randn(2, n, 2, rank, generator=g) for n in (tokens, tokens, tokens, rank))
+    unit = torch.nn.functional.normalize
+    operands = {"q": unit(q, dim=-1), "k": unit(k, dim=-1), "v": v, "initial_state": state.transpose(1, 2)}
+    operands["beta"] = torch.rand(2, tokens, 2, rank, generator=g)
+    if mode == "lambda_outside":
+        operands["decay"] = torch.rand(2, tokens, 2, generator=g)
+    return {name: x.to(dtype) for name, x in operands.items()}
+
+
+def _results(
+    operands: dict[str, Tensor], mode: str, backend: str, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    leaves = {name: x.to(device, dtype).requires_grad_() for name, x in operands.items()}
+    mask = torch.ones(leaves["q"].shape[:2], dtype=torch.bool, device=device)
+    mask[0, 1] = False
+    out = delta_update(**leaves, mode=mode, mask=mask, backend=backend)
+    loss = out.reads.square().sum() + out.final_state.square().sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {**{n: x.detach() for n, x in out._asdict().items()}, **dict(zip(leaves, grads, strict=True))}
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "no triton"
+    import triton
+
+    return f"triton {triton.__version__}"
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The compiled library (csrc/): loaded if it was built ahead, else compiled on first use into torch's cache.
+
+`cpu` is its backend for CPU tensors: vectorised over the rows of a state, threads over sequences and heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+import sysconfig
+import tempfile
+import threading
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from . import build
+
+_lock = threading.Lock()
+
+
+class BuildError(RuntimeError):
+    """The library could not be compiled or loaded; the message says why."""
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why the `cpu` backend cannot run on tensors of this device, or None (it may have to be compiled first)."""
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, not on {device.type}"
+    return _missing()
+
+
+def library() -> ModuleType:
+    """The library's module. The first call may compile, about 15 seconds of two cores."""
+    with _lock:
+        return _library()
+
+
+def delta_update_forward(*operands):
+    """See `reference.delta_update_forward`."""
+    return _library().forward(*operands)
+
+
+def delta_update_backward(*operands):
+    """See `reference.delta_update_backward`."""
+    return _library().backward(*operands)
+
+
+@functools.cache
+def _missing() -> str | None:
+    if build.built_ahead(build.library_name()).exists() or _cached(build.library_name()).exists():
+        return None
+    lacking = build.missing_tool()
+    other = build.built_for_another()
+    if lacking and other:
+        return (
+            f"it was built for torch {other}, not for this torch {torch.__version__}, and to build it anew: {lacking}"
+        )
+    return lacking
+
+
+@functools.cache
+def _library() -> ModuleType:
+    name = build.library_name()
+    for path in (build.built_ahead(name), _cached(name)):
+        if path.exists():
+            return _load(name, path)
+    lacking = build.missing_tool()
+    if lacking:
+        raise BuildError(lacking)
+    return _load(name, _compile(name))
+
+
+def _cached(name: str) -> Path:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return Path(root) / "deltamem_kernels" / (name + sysconfig.get_config_var("EXT_SUFFIX"))
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise BuildError(f"{path.name} does not load: {error}; remove it and it is built anew") from error
+    return module
+
+
+def _compile(name: str) -> Path:
+    """Compiles beside the cache and moves the result there in one step: a process that is killed leaves no lock and
+    no half a library, and two that compile at once both end with a whole one."""
+    from torch.utils import cpp_extension
+
+    target = _cached(name)
+    other = build.built_for_another()
+    why = f" (the installed library is for torch {other})" if other else ""
+    print(f"deltamem_kernels: compiling the CPU kernels for torch {torch.__version__}{why}, once", file=sys.stderr)
+    scripts = sysconfig.get_path("scripts")  # where pip puts ninja, also when the environment is not activated
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            cpp_extension.load(
+                name,
+                [str(build.source_root() / source) for source in build.SOURCES],
+                extra_cflags=build.compile_flags(),
+                extra_ldflags=build.link_flags(),
+                build_directory=folder,
+                is_python_module=False,
+                is_standalone=False,
+                verbose=False,
+            )
+            os.replace(Path(folder) / f"{name}.so", target)
+    except (OSError, RuntimeError, ImportError) as error:
+        raise BuildError(f"compiling it failed: {error}") from error
+    return target

@@ -1,0 +1,67 @@
+"""Checks of arguments, shared by the operations: shape, dtype, device and mode, never a value on a GPU.
+
+Each message names the argument, what came and what is wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MODES = ("standard", "lambda_outside", "no_lambda")
+MAX_RANK = 128
+
+
+def describe(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return f"{type(x).__name__} {x!r:.60}"
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+
+
+def fail(error: type[Exception], name: str, wanted: str, got: object) -> None:
+    raise error(f"{name} must be {wanted}, got {describe(got)}")
+
+
+def check_float(name: str, x: object, wanted: str) -> None:
+    """x is a tensor of one of the four floating dtypes."""
+    if not isinstance(x, Tensor):
+        fail(TypeError, name, f"a tensor {wanted}", x)
+    if x.dtype not in FLOATS:
+        fail(TypeError, name, f"float16, bfloat16, float32 or float64 {wanted}", x)
+
+
+def check_shape(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], wanted: str) -> None:
+    """x has one of the shapes."""
+    for shape in shapes:
+        if x.shape == shape:
+            return
+    fail(ValueError, name, f"{wanted} = {' or '.join(str(list(s)) for s in shapes)}", x)
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        fail(ValueError, name, f"on q's device {device}", x)
+
+
+def check_mode(mode: object) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+
+
+def check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device) -> None:
+    """`[N + 1]` int32 or int64 on the device of q, and one row of packed tokens. The values are the kernels' affair."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        fail(TypeError, "cu_seqlens", "an int32 or int64 tensor [N + 1]", cu_seqlens)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        fail(ValueError, "cu_seqlens", "[N + 1], the N sequences' starts and the end", cu_seqlens)
+    if batch != 1:
+        raise ValueError(f"cu_seqlens needs packed sequences, B = 1, got q with B = {batch}")
+    check_device("cu_seqlens", cu_seqlens, device)
+
+
+def check_mask(mask: object, shape: tuple[int, int], device: torch.device) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        fail(TypeError, "mask", "a bool tensor [B, T], True where a token counts", mask)
+    check_shape("mask", mask, (shape,), "[B, T]")
+    check_device("mask", mask, device)
