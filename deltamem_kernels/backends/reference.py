@@ -24,6 +24,8 @@ def accumulation_dtype(*operands: Tensor | None) -> torch.dtype:
 def gates(mode: str, beta: Tensor, decay: Tensor | None, write: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """keep, erase and write of `S <- Diag(keep) S - Diag(erase) (S k) k^T + Diag(write) v k^T`."""
     if mode == "affine":  # the three given one by one: beta is erase, decay is keep
+        assert decay is not None
+        assert write is not None
         return decay, beta, write
     if mode == "no_lambda":
         return torch.ones_like(beta), beta, beta
@@ -63,10 +65,8 @@ def sequences(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, sli
         yield slice(0, 1), slice(start, stop), slice(n, n + 1), start // CHECKPOINT_INTERVAL
 
 
-def per_row(gate: Tensor | None, rank: int, dtype: torch.dtype) -> Tensor | None:
+def per_row(gate: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     """`[B, T, H]` or `[B, T, H, R]` to `[B, T, H, R]`."""
-    if gate is None:
-        return None
     return (gate if gate.ndim == 4 else gate.unsqueeze(-1).expand(*gate.shape, rank)).to(dtype)
 
 
@@ -160,20 +160,25 @@ def delta_update_backward(
             grads["w"][at] = vs[at] * Gk
             G = keep[at].unsqueeze(-1) * G - _outer(erase[at] * Gk, ks[at]) + _outer(d_reads[at], qs[at])
         d_state[states] = G
-    b, d = per_row(beta, R, dtype), per_row(decay, R, dtype)
+    b, d, _ = _gate_rows(beta, decay, write, R, dtype)
     d_beta, d_decay, d_write = gates_adjoint(mode, b, d, grads["keep"], grads["erase"], grads["w"])
     results = [grads["q"], grads["k"], grads["v"], d_beta, d_decay, d_write, d_state]
     inputs = [q, k, v, beta, decay, write, initial_state]
     return [
-        _as_input(g, x, mask if i < 6 else None) if need else None
+        _as_input(g, x, mask if i < 6 else None) if need and g is not None and x is not None else None
         for i, (g, x, need) in enumerate(zip(results, inputs, needs, strict=True))
     ]
 
 
+def _gate_rows(
+    beta: Tensor, decay: Tensor | None, write: Tensor | None, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows = [None if x is None else per_row(x, rank, dtype) for x in (decay, write)]
+    return per_row(beta, rank, dtype), rows[0], rows[1]
+
+
 def _operands(q, k, v, beta, decay, write, mask, mode, dtype) -> tuple[Tensor, ...]:
-    R = q.shape[-1]
-    rows = [per_row(x, R, dtype) for x in (beta, decay, write)]
-    keep, erase, write = gates(mode, *rows)
+    keep, erase, write = gates(mode, *_gate_rows(beta, decay, write, q.shape[-1], dtype))
     qkv = (masked(mask, x.to(dtype)) for x in (q, k, v))
     return *qkv, masked(mask, keep, 1.0), masked(mask, erase), masked(mask, write)
 

@@ -5,6 +5,9 @@ Each message names the argument, what came and what is wanted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -19,7 +22,7 @@ def describe(x: object) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
 
 
-def fail(error: type[Exception], name: str, wanted: str, got: object) -> None:
+def fail(error: type[Exception], name: str, wanted: str, got: object) -> NoReturn:
     raise error(f"{name} must be {wanted}, got {describe(got)}")
 
 
@@ -31,7 +34,7 @@ def check_float(name: str, x: object, wanted: str) -> None:
         fail(TypeError, name, f"float16, bfloat16, float32 or float64 {wanted}", x)
 
 
-def check_shape(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], wanted: str) -> None:
+def check_shape(name: str, x: Tensor, shapes: Sequence[tuple[int, ...]], wanted: str) -> None:
     """x has one of the shapes."""
     for shape in shapes:
         if x.shape == shape:

@@ -105,9 +105,9 @@ def _check(q, k, v, beta, decay, mode, initial_state, mask, cu_seqlens) -> bool:
             continue
         check_float(name, x, "[B, T, H, R] or [B, T, H]")
         if x.shape != shape:  # the common form needs no second look
-            shapes = ((batch, tokens, heads, rank), (batch, tokens, heads))
-            without_head = ((batch, tokens, rank), (batch, tokens)) if squeeze else ()
-            check_shape(name, x, without_head + shapes, "[B, T, H, R] or [B, T, H]")
+            gate_shapes = [(batch, tokens, heads, rank), (batch, tokens, heads)]
+            gate_shapes += [(batch, tokens, rank), (batch, tokens)] * squeeze
+            check_shape(name, x, gate_shapes, "[B, T, H, R] or [B, T, H]")
         check_device(name, x, device)
     states = batch
     if cu_seqlens is not None:
@@ -115,9 +115,8 @@ def _check(q, k, v, beta, decay, mode, initial_state, mask, cu_seqlens) -> bool:
         states = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         check_float("initial_state", initial_state, "[N, H, R, R]")
-        shapes = ((states, heads, rank, rank),)
-        without_head = ((states, rank, rank),) if squeeze else ()
-        check_shape("initial_state", initial_state, without_head + shapes, "[N, H, R, R]")
+        state_shapes = [(states, heads, rank, rank)] + [(states, rank, rank)] * squeeze
+        check_shape("initial_state", initial_state, state_shapes, "[N, H, R, R]")
         check_device("initial_state", initial_state, device)
     if mask is not None:
         check_mask(mask, (batch, tokens), device)
