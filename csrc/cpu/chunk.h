@@ -58,6 +58,7 @@ DELTAMEM_INLINE void with_mode(const Problem& p, F&& f) {
 // The sequence and head of a task, its row of the batch and its tokens there.
 struct Sequence {
   int64_t n, h, b, start, length;
+  Sequence() = default;
   Sequence(const Problem& p, int64_t task) : n(task / p.H), h(task % p.H) {
     b = p.cu_seqlens ? 0 : n;
     start = p.cu_seqlens ? p.cu_seqlens[n] : 0;
@@ -73,50 +74,60 @@ struct Sequence {
   }
 };
 
-// Vectors of rows are padded to width(), whole blocks of W lanes. A token that the mask leaves out has keep = 1 and
-// zeros everywhere else, whatever stood there.
-template <class T, int W, class Rank>
+// The tokens of P heads (with sequences of one length) side by side: vectors of rows have width() numbers, P times R,
+// or for one head whole blocks of W lanes. A token that the mask leaves out has keep = 1 and zeros everywhere else,
+// whatever stood there.
+template <class T, int W, class Rank, int P>
 struct Chunk {
   const Problem& p;
   Rank R;
-  Span span{};
+  int n = 0;
+  Span span[P];
   Rows<T> q, k, v, beta, decay, write;
   T *keep, *erase, *value;  // [kChunk, width]; value = write v
-  T* overlap;               // [kChunk]: each key times the next, 0 behind the last
+  T* overlap;               // each key times the next, 0 behind the last: see overlap_at
 
-  static constexpr int padded(int64_t R) { return int((R + W - 1) / W * W); }
+  static constexpr int padded(int64_t R) { return P == 1 ? int((R + W - 1) / W * W) : W; }
   DELTAMEM_INLINE int width() const { return padded(R); }
-  static size_t bytes(const Problem& p) { return 9 * Arena::piece<T>(kChunk * padded(p.R)) + Arena::piece<T>(kChunk); }
+  static size_t bytes(const Problem& p) { return 10 * Arena::piece<T>(kChunk * padded(p.R)); }
 
   Chunk(const Problem& p, Rank R, Arena& arena) : p(p), R(R) {
-    for (T** piece : {&keep, &erase, &value}) *piece = arena.take<T>(kChunk * width());
+    for (T** piece : {&keep, &erase, &value, &overlap}) *piece = arena.take<T>(kChunk * width());
     for (T*& piece : buffers_) piece = arena.take<T>(kChunk * width());
-    overlap = arena.take<T>(kChunk);
   }
 
-  void load(Span s) {
-    span = s;
+  void load(const Sequence* s, int64_t first) {
+    for (int i = 0; i < P; ++i) span[i] = s[i].chunk(first);
+    n = span[0].n;
     T** buffer = buffers_;
     auto rows = [&](const Operand& x) {
-      return stage<T>(x, span, R, width(), !p.mask && width() == R, *buffer++);
+      T* b = *buffer++;
+      return in_place(x) ? Rows<T>{span[0].template begin<T>(x), ptrdiff_t(x.stride[1])} : copied(x, b);
     };
     q = rows(p.q), k = rows(p.k), v = rows(p.v), beta = rows(p.beta);
     if (p.decay.data) decay = rows(p.decay);
     if (p.write.data) write = rows(p.write);
     with_mode(p, [&](auto mode, auto coupled) { combine_gates<mode(), coupled()>(); });
-    for_tokens_left_out([&](int t) {
-      fill(keep + t * width(), width(), T(1));
-      for (T* x : {erase, value}) fill(x + t * width(), width(), T(0));
-      for (T* x : {buffers_[0], buffers_[1]}) fill(x + t * width(), width(), T(0));
-    });
+    leave_out(T(1), keep);
+    for (T* x : {erase, value, buffers_[0], buffers_[1]}) leave_out(T(0), x);
     multiply_keys();
   }
 
-  template <class F>
-  DELTAMEM_INLINE void for_tokens_left_out(F&& f) const {
-    if (p.mask)
-      for (int t = 0; t < span.n; ++t)
-        if (!p.mask[span.b * p.mask_stride[0] + (span.first + t) * p.mask_stride[1]]) f(t);
+  Rows<T> copied(const Operand& x, T* buffer) const {
+    for (int i = 0; i < P; ++i) stage(x, span[i], R, buffer + i * R, width(), P == 1 ? width() : int(R));
+    return {buffer, width()};
+  }
+
+  // `value` into the rows of the tokens that the mask leaves out.
+  void leave_out(T value, T* rows) const {
+    for (int i = 0; p.mask && i < P; ++i)
+      for (int t = 0; t < n; ++t)
+        if (!p.mask[span[i].b * p.mask_stride[0] + (span[i].first + t) * p.mask_stride[1]])
+          fill(rows + t * width() + i * R, P == 1 ? width() : int(R), value);
+  }
+
+  DELTAMEM_INLINE Vec<T, W> overlap_at(int t) const {
+    return Broadcast<T, W, P>{overlap + t / kGroup * W}[t % kGroup];
   }
 
   // On entry the gradients of keep, erase and value; on return those of decay, beta and write in their places, and
@@ -127,7 +138,29 @@ struct Chunk {
 
  private:
   typedef Vec<T, W> L;
+  static constexpr int kGroup = W / P;  // lanes of a head
   T* buffers_[6];
+
+  bool in_place(const Operand& x) const {
+    if (p.mask || width() != P * R || x.dtype != kDType<T> || x.stride[3] != 1) return false;
+    for (int i = 1; i < P; ++i)
+      if (x.stride[2] != R || span[i].h != span[0].h + i || span[i].first != span[0].first || span[i].b != span[0].b)
+        return false;
+    return true;
+  }
+
+  void multiply_keys() {
+    for (int t = 0; t < n; t += kGroup) {
+      L products[kGroup];
+      for (int l = 0; l < kGroup; ++l) {
+        products[l] = L{};
+        if (t + l + 1 < n)
+          for (int j = 0; j < width(); j += W)
+            products[l] = fma(L::load(k[t + l] + j), L::load(k[t + l + 1] + j), products[l]);
+      }
+      sum_lanes<kGroup>(products).store(overlap + t / kGroup * W);
+    }
+  }
 
   struct Raw {
     L beta, decay, write;
@@ -138,24 +171,11 @@ struct Chunk {
     return {b, coupled ? b : L::load(decay[t] + i), mode == Mode::affine ? L::load(write[t] + i) : b};
   }
 
-  void multiply_keys() {
-    for (int t = 0; t < span.n; t += W) {
-      L products[W];
-      for (int l = 0; l < W; ++l) {
-        products[l] = L{};
-        if (t + l + 1 < span.n)
-          for (int j = 0; j < width(); j += W)
-            products[l] = fma(L::load(k[t + l] + j), L::load(k[t + l + 1] + j), products[l]);
-      }
-      sum_lanes(products).store(overlap + t);
-    }
-  }
-
   template <Mode mode, bool coupled>
   void combine_gates() {
     const L one = L::splat(T(1));
     T *keep = this->keep, *erase = this->erase, *value = this->value;
-    for (int t = 0, n = span.n; t < n; ++t)
+    for (int t = 0, end = n; t < end; ++t)
       for (int i = 0; i < width(); i += W) {
         const Raw x = raw<mode, coupled>(t, i);
         const Gates<L> g = gates(mode, coupled, one, x.beta, x.decay, x.write);
@@ -168,7 +188,7 @@ struct Chunk {
   template <Mode mode, bool coupled>
   void adjoint_of_gates(T* d_keep, T* d_erase, T* d_value, T* d_v) const {
     const L one = L::splat(T(1));
-    for (int t = 0; t < span.n; ++t)
+    for (int t = 0, end = n; t < end; ++t)
       for (int i = 0; i < width(); i += W) {
         const int at = t * width() + i;
         const Raw x = raw<mode, coupled>(t, i);

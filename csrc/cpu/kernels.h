@@ -7,20 +7,27 @@
 namespace deltamem {
 inline namespace DELTAMEM_ISA {
 
+// Ranks that δ-mem uses are known to the compiler. A vector holds as many heads as have room in it.
 template <int R>
 using Known = std::integral_constant<int, R>;
 
-// Calls f with the Scan for this problem: ranks that δ-mem uses are known to the compiler, in lanes no wider than
-// the rank.
+constexpr int kWide = DELTAMEM_VECTOR_BYTES / sizeof(float);
+
+template <int R>
+using KnownRank = Tasks<Scan<float, kWide, Known<R>, (kWide > R ? kWide / R : 1)>,
+                        Scan<float, (kWide < R ? kWide : R), Known<R>>>;
+
+template <class T>
+using AnyRank = Tasks<Scan<T, DELTAMEM_VECTOR_BYTES / sizeof(T), int>, Scan<T, DELTAMEM_VECTOR_BYTES / sizeof(T), int>>;
+
 template <class F>
 void with_scan(const Problem& p, F&& f) {
-  constexpr int wide = DELTAMEM_VECTOR_BYTES / sizeof(float);
-  if (p.double_precision) return f(Scan<double, wide / 2, int>{});
+  if (p.double_precision) return f(AnyRank<double>{});
   switch (p.R) {
-    case 4: return f(Scan<float, 4, Known<4>>{});
-    case 8: return f(Scan<float, (wide < 8 ? wide : 8), Known<8>>{});
-    case 16: return f(Scan<float, wide, Known<16>>{});
-    default: return f(Scan<float, wide, int>{});
+    case 4: return f(KnownRank<4>{});
+    case 8: return f(KnownRank<8>{});
+    case 16: return f(KnownRank<16>{});
+    default: return f(AnyRank<float>{});
   }
 }
 

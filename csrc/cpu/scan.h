@@ -1,5 +1,6 @@
 // delta_update on a CPU, forward and backward: sequences x heads are the tasks, the rows of a state run in blocks of
-// W lanes, the tokens in chunks.
+// W lanes, the tokens in chunks. Where a vector has room for P heads, P tasks run in it side by side: the chain of
+// dependent operations of one token leaves half of the arithmetic units idle. It gives each head the same bits.
 #pragma once
 
 #include "chunk.h"
@@ -10,10 +11,10 @@ inline namespace DELTAMEM_ISA {
 constexpr int kMaxRank = 128;
 
 // Rank is std::integral_constant where the compiler knows it, which keeps a block of the state in registers, or int.
-template <class T, int W, class Rank>
+template <class T, int W, class Rank, int P = 1>
 struct Scan {
   typedef Vec<T, W> L;
-  typedef Broadcast<T, W> X;
+  typedef Broadcast<T, W, P> X;
   static constexpr bool kKnownRank = !std::is_same_v<Rank, int>;
 
   static constexpr int columns() {
@@ -21,6 +22,13 @@ struct Scan {
       return Rank::value;
     else
       return 0;
+  }
+
+  static Rank rank(const Problem& p) {
+    if constexpr (kKnownRank)
+      return {};
+    else
+      return int(p.R);
   }
 
   // A block of W rows of a state, R columns of W lanes.
@@ -42,22 +50,29 @@ struct Scan {
     return {const_cast<void*>(data), kDType<T>, {p.H * p.R * p.R, p.R * p.R, p.R, 1}};
   }
 
-  // One head of one sequence, and what both directions need of it.
-  struct Head {
+  // P heads on their way through their tokens, and what both directions need of them.
+  struct Heads {
     const Problem& p;
-    Sequence s;
-    Chunk<T, W, Rank> chunk;
+    Sequence s[P];
+    Chunk<T, W, Rank, P> chunk;
     T* S;  // [blocks, R, W]
 
     static size_t bytes(const Problem& p) {
-      return Chunk<T, W, Rank>::bytes(p) + Arena::piece<T>(p.R * Chunk<T, W, Rank>::padded(p.R));
+      return decltype(chunk)::bytes(p) + Arena::piece<T>(p.R * decltype(chunk)::padded(p.R));
     }
-    Head(const Problem& p, Rank R, int64_t task, Arena& arena)
-        : p(p), s(p, task), chunk(p, R, arena), S(arena.take<T>(R * chunk.width())) {}
+    Heads(const Problem& p, const Sequence* tasks, Arena& arena)
+        : p(p), chunk(p, rank(p), arena), S(arena.take<T>(chunk.R * chunk.width())) {
+      for (int i = 0; i < P; ++i) s[i] = tasks[i];
+    }
 
-    void start_from(const Operand& state, int64_t n) {
+    void load(const Operand& states, T* S) const {
       fill(S, chunk.R * chunk.width(), T(0));
-      if (state.data) load_state<W>(state, n, s.h, chunk.R, S);
+      for (int i = 0; states.data && i < P; ++i) load_state<W>(states, s[i].n, s[i].h, chunk.R, S, i * chunk.R);
+    }
+    void load_checkpoint(const void* checkpoints, int64_t first) {
+      fill(S, chunk.R * chunk.width(), T(0));
+      for (int i = 0; i < P; ++i)
+        load_state<W>(contiguous_states(p, checkpoints), s[i].checkpoint(p, first), s[i].h, chunk.R, S, i * chunk.R);
     }
 
     // The chunk's tokens into the rows of block i. `before(t, S k)` sees the state that token t finds.
@@ -65,40 +80,40 @@ struct Scan {
     DELTAMEM_INLINE void write_tokens(L* S, int i, F&& before) const {
       const auto& c = chunk;
       L held = dot(S, X{c.k[0]}, c.R);
-      for (int t = 0; t < c.span.n; ++t) {
+      for (int t = 0; t < c.n; ++t) {
         const int at = t * c.width() + i;
         before(t, held);
         const L keep = L::load(c.keep + at);
         const L change = change_by(L::load(c.erase + at), held, L::load(c.value + at));
         // The last token has no next key: any will do, its overlap is 0 and nothing asks for the result.
-        const L ahead = dot(S, X{c.k[t + 1 < c.span.n ? t + 1 : t]}, c.R);
-        held = held_next(keep, ahead, change, L::splat(c.overlap[t]));
+        const L ahead = dot(S, X{c.k[t + 1 < c.n ? t + 1 : t]}, c.R);
+        held = held_next(keep, ahead, change, c.overlap_at(t));
         write_token(S, X{c.k[t]}, keep, change, c.R);
       }
     }
   };
 
-  struct Forward : Head {
-    using Head::chunk, Head::p, Head::s;
+  struct Forward : Heads {
+    using Heads::chunk, Heads::p, Heads::s, Heads::S;
     T* reads;  // [kChunk, width]
 
-    static size_t bytes(const Problem& p) {
-      return Head::bytes(p) + Arena::piece<T>(kChunk * Chunk<T, W, Rank>::padded(p.R));
-    }
-    Forward(const Problem& p, Rank R, int64_t task, Arena& arena)
-        : Head(p, R, task, arena), reads(arena.take<T>(kChunk * chunk.width())) {}
+    static size_t bytes(const Problem& p) { return Heads::bytes(p) + Arena::piece<T>(kChunk * padded(p)); }
+    Forward(const Problem& p, const Sequence* tasks, Arena& arena)
+        : Heads(p, tasks, arena), reads(arena.take<T>(kChunk * chunk.width())) {}
 
     void run(const ForwardOutput& out) {
-      this->start_from(p.initial_state, s.n);
-      for (int64_t first = 0; first < s.length; first += kChunk) {
-        if (first && out.checkpoints)
-          store_state<W>(this->S, chunk.R, contiguous_states(p, out.checkpoints), s.checkpoint(p, first), s.h);
-        chunk.load(s.chunk(first));
+      this->load(p.initial_state, S);
+      for (int64_t first = 0; first < s[0].length; first += kChunk) {
+        for (int i = 0; first && out.checkpoints && i < P; ++i)
+          store_state<W>(S, i * chunk.R, chunk.R, contiguous_states(p, out.checkpoints), s[i].checkpoint(p, first),
+                         s[i].h);
+        chunk.load(s, first);
         for (int i = 0; i < chunk.width(); i += W) scan(i);
-        chunk.for_tokens_left_out([&](int t) { fill(reads + t * chunk.width(), chunk.width(), T(0)); });
-        unstage(out.reads, chunk.span, chunk.R, reads, chunk.width());
+        chunk.leave_out(T(0), reads);
+        for (int i = 0; i < P; ++i) unstage(out.reads, chunk.span[i], chunk.R, reads + i * chunk.R, chunk.width());
       }
-      store_state<W>(this->S, chunk.R, contiguous_states(p, out.final_state), s.n, s.h);
+      for (int i = 0; i < P; ++i)
+        store_state<W>(S, i * chunk.R, chunk.R, contiguous_states(p, out.final_state), s[i].n, s[i].h);
     }
 
     void scan(int i) {
@@ -109,43 +124,42 @@ struct Scan {
     }
   };
 
-  struct Backward : Head {
-    using Head::chunk, Head::p, Head::s;
+  struct Backward : Heads {
+    using Heads::chunk, Heads::p, Heads::s, Heads::S;
     const BackwardOutput& out;
     T *G, *history, *held;                                // [blocks, R, W], [kChunk, R, W], [kChunk, W]
     T *d_reads, *d_q, *d_k, *d_keep, *d_erase, *d_value;  // [kChunk, width]
 
     static size_t bytes(const Problem& p) {
-      const size_t width = Chunk<T, W, Rank>::padded(p.R);
-      return Head::bytes(p) + Arena::piece<T>(p.R * width) + Arena::piece<T>(kChunk * p.R * W) +
-             Arena::piece<T>(kChunk * W) + 6 * Arena::piece<T>(kChunk * width);
+      return Heads::bytes(p) + Arena::piece<T>(p.R * padded(p)) + Arena::piece<T>(kChunk * p.R * W) +
+             Arena::piece<T>(kChunk * W) + 6 * Arena::piece<T>(kChunk * padded(p));
     }
-    Backward(const Problem& p, const BackwardOutput& out, Rank R, int64_t task, Arena& arena)
-        : Head(p, R, task, arena), out(out) {
-      G = arena.take<T>(R * chunk.width());
-      history = arena.take<T>(kChunk * R * W), held = arena.take<T>(kChunk * W);
+    Backward(const Problem& p, const BackwardOutput& out, const Sequence* tasks, Arena& arena)
+        : Heads(p, tasks, arena), out(out) {
+      G = arena.take<T>(chunk.R * chunk.width());
+      history = arena.take<T>(kChunk * chunk.R * W), held = arena.take<T>(kChunk * W);
       for (T** piece : {&d_reads, &d_q, &d_k, &d_keep, &d_erase, &d_value})
         *piece = arena.take<T>(kChunk * chunk.width());
     }
 
     void run(const Operand& grad_reads, const Operand& grad_final, const void* checkpoints) {
-      fill(G, chunk.R * chunk.width(), T(0));
-      if (grad_final.data) load_state<W>(grad_final, s.n, s.h, chunk.R, G);
-      for (int64_t first = (s.length + kChunk - 1) / kChunk * kChunk - kChunk; first >= 0; first -= kChunk) {
+      this->load(grad_final, G);
+      for (int64_t first = (s[0].length + kChunk - 1) / kChunk * kChunk - kChunk; first >= 0; first -= kChunk) {
         if (first)
-          this->start_from(contiguous_states(p, checkpoints), s.checkpoint(p, first));
+          this->load_checkpoint(checkpoints, first);
         else
-          this->start_from(p.initial_state, s.n);
-        chunk.load(s.chunk(first));
+          this->load(p.initial_state, S);
+        chunk.load(s, first);
         if (grad_reads.data)
-          stage(grad_reads, chunk.span, chunk.R, chunk.width(), false, d_reads);
+          chunk.copied(grad_reads, d_reads);
         else
           fill(d_reads, kChunk * chunk.width(), T(0));
-        chunk.for_tokens_left_out([&](int t) { fill(d_reads + t * chunk.width(), chunk.width(), T(0)); });
+        chunk.leave_out(T(0), d_reads);
         for (int i = 0; i < chunk.width(); i += W) replay(i), scan(i);
         write_out();
       }
-      if (out.initial_state.data) store_state<W>(G, chunk.R, out.initial_state, s.n, s.h);
+      for (int i = 0; out.initial_state.data && i < P; ++i)
+        store_state<W>(G, i * chunk.R, chunk.R, out.initial_state, s[i].n, s[i].h);
     }
 
     // The states before each token of the chunk, for the rows of block i.
@@ -162,10 +176,10 @@ struct Scan {
     void scan(int i) {
       const auto& c = chunk;
       Block G(this->G + i * c.R, c.R);
-      constexpr int padded = ((kKnownRank ? columns() : kMaxRank) + W - 1) / W * W;
-      L q_share[padded], k_share[padded];
-      for (int j = c.R; j < c.padded(c.R); ++j) q_share[j] = k_share[j] = L{};
-      for (int t = c.span.n - 1; t >= 0; --t) {
+      constexpr int most = (kKnownRank ? columns() : kMaxRank) + W;
+      L q_share[most], k_share[most];
+      for (int j = c.R; j < most; ++j) q_share[j] = k_share[j] = L{};
+      for (int t = c.n - 1; t >= 0; --t) {
         const int at = t * c.width() + i;
         const L* before = reinterpret_cast<const L*>(history) + t * c.R;
         const TokenGradients<L> d = token_adjoint(
@@ -179,8 +193,9 @@ struct Scan {
     }
 
     DELTAMEM_INLINE void add_rows(L* share, T* sum, bool more) const {
-      for (int j = 0; j < chunk.R; j += W) {
-        L rows = sum_lanes(share + j);
+      constexpr int group = W / P;
+      for (int j = 0; j < chunk.R; j += group) {
+        L rows = sum_lanes<group>(share + j);
         if (more) rows = rows + L::load(sum + j);
         rows.store(sum + j);
       }
@@ -190,11 +205,10 @@ struct Scan {
     // which this chunk is done with.
     void write_out() {
       chunk.adjoint_of_gates(d_keep, d_erase, d_value, d_reads);
-      chunk.for_tokens_left_out([&](int t) {
-        for (T* x : {d_q, d_k, d_reads, d_keep, d_erase, d_value}) fill(x + t * chunk.width(), chunk.width(), T(0));
-      });
+      for (T* x : {d_q, d_k, d_reads, d_keep, d_erase, d_value}) chunk.leave_out(T(0), x);
       auto put = [&](const Operand& x, const T* rows, bool per_head = false) {
-        if (x.data) unstage(x, chunk.span, chunk.R, rows, chunk.width(), per_head);
+        for (int i = 0; x.data && i < P; ++i)
+          unstage(x, chunk.span[i], chunk.R, rows + i * chunk.R, chunk.width(), per_head);
       };
       put(out.q, d_q), put(out.k, d_k), put(out.v, d_reads);
       put(out.beta, d_erase, out.beta_per_head);
@@ -203,28 +217,43 @@ struct Scan {
     }
   };
 
-  static void forward(const Problem& p, const ForwardOutput& out, int64_t begin, int64_t end) {
+  static size_t padded(const Problem& p) { return Chunk<T, W, Rank, P>::padded(p.R); }
+
+  // Runs the task, or P of them where as many of one length follow; returns how many.
+  template <class Direction, class Run, class... Arguments>
+  static int run(const Problem& p, int64_t task, int64_t end, Run&& run, const Arguments&... arguments) {
+    Sequence tasks[P];
+    if (task + P > end) return 0;
+    for (int i = 0; i < P; ++i) {
+      tasks[i] = Sequence(p, task + i);
+      if (tasks[i].length != tasks[0].length) return 0;
+    }
     thread_local Arena arena;
-    for (int64_t task = begin; task < end; ++task) {
-      arena.reset(Forward::bytes(p));
-      Forward(p, rank(p), task, arena).run(out);
+    arena.reset(Direction::bytes(p));
+    Direction direction(p, arguments..., tasks, arena);
+    run(direction);
+    return P;
+  }
+};
+
+// The tasks [begin, end), as many side by side as Wide takes, the rest by One.
+template <class Wide, class One>
+struct Tasks {
+  static void forward(const Problem& p, const ForwardOutput& out, int64_t begin, int64_t end) {
+    auto run = [&](auto& heads) { heads.run(out); };
+    for (int64_t task = begin; task < end;) {
+      int done = Wide::template run<typename Wide::Forward>(p, task, end, run);
+      task += done ? done : One::template run<typename One::Forward>(p, task, end, run);
     }
   }
 
   static void backward(const Problem& p, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
                        const BackwardOutput& out, int64_t begin, int64_t end) {
-    thread_local Arena arena;
-    for (int64_t task = begin; task < end; ++task) {
-      arena.reset(Backward::bytes(p));
-      Backward(p, out, rank(p), task, arena).run(d_reads, d_final_state, checkpoints);
+    auto run = [&](auto& heads) { heads.run(d_reads, d_final_state, checkpoints); };
+    for (int64_t task = begin; task < end;) {
+      int done = Wide::template run<typename Wide::Backward>(p, task, end, run, out);
+      task += done ? done : One::template run<typename One::Backward>(p, task, end, run, out);
     }
-  }
-
-  static Rank rank(const Problem& p) {
-    if constexpr (kKnownRank)
-      return {};
-    else
-      return int(p.R);
   }
 };
 

@@ -38,31 +38,28 @@ struct Span {
   }
 };
 
-// The rows of an operand, where they stand if they can be used so, else copied to `buffer`, `width` numbers a row
-// (zeros behind the R that count). Rank is a constant or an int.
+// The rows of an operand to `buffer`, one every `stride` numbers, zeros behind the R that count up to `width`. Rank is
+// a constant or an int.
 template <class T, class Rank>
-Rows<T> stage(const Operand& x, Span span, Rank R, int width, bool in_place, T* buffer) {
-  if (in_place && x.dtype == kDType<T> && x.stride[3] == 1) return {span.begin<T>(x), ptrdiff_t(x.stride[1])};
+void stage(const Operand& x, Span span, Rank R, T* buffer, int stride, int width) {
   with_dtype(x.dtype, [&](auto tag) {
     const auto* p = span.begin<decltype(tag)>(x);
-    for (int t = 0; t < span.n; ++t, p += x.stride[1]) {
-      T* row = buffer + t * width;
+    for (int t = 0; t < span.n; ++t, p += x.stride[1], buffer += stride) {
       if (x.stride[3] == 1)
-        convert_row(p, row, R);
+        convert_row(p, buffer, R);
       else
-        for (int i = 0; i < R; ++i) convert<1>(p + i * x.stride[3], row + i);
-      for (int i = R; i < width; ++i) row[i] = T(0);
+        for (int i = 0; i < R; ++i) convert<1>(p + i * x.stride[3], buffer + i);
+      for (int i = R; i < width; ++i) buffer[i] = T(0);
     }
   });
-  return {buffer, width};
 }
 
-// Rows of `width` numbers to out, or the sum of each where out holds one number per head.
+// Rows, one every `stride` numbers, to out, or the sum of each where out holds one number per head.
 template <class T, class Rank>
-void unstage(const Operand& out, Span span, Rank R, const T* rows, int width, bool per_head = false) {
+void unstage(const Operand& out, Span span, Rank R, const T* rows, int stride, bool per_head = false) {
   with_dtype(out.dtype, [&](auto tag) {
     auto* p = span.begin<decltype(tag)>(out);
-    for (int t = 0; t < span.n; ++t, p += out.stride[1], rows += width) {
+    for (int t = 0; t < span.n; ++t, p += out.stride[1], rows += stride) {
       if (per_head) {
         T sum = rows[0];
         for (int i = 1; i < R; ++i) sum += rows[i];
@@ -74,24 +71,25 @@ void unstage(const Operand& out, Span span, Rank R, const T* rows, int width, bo
   });
 }
 
-// A state, [R rows, R columns] of any strides, to and from blocks of W rows: column j of a block is W numbers.
+// A state, [R rows, R columns] of any strides, to and from blocks of W rows: column j of a block is W numbers. With
+// several heads in a block, this one's rows begin at `lane`.
 template <int W, class T>
-void load_state(const Operand& x, int64_t n, int64_t h, int R, T* S) {
+void load_state(const Operand& x, int64_t n, int64_t h, int R, T* S, int lane) {
   with_dtype(x.dtype, [&](auto tag) {
     const auto* p = static_cast<const decltype(tag)*>(x.data) + n * x.stride[0] + h * x.stride[1];
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < R; ++j)
-        convert<1>(p + i * x.stride[2] + j * x.stride[3], S + (i / W * R + j) * W + i % W);
+        convert<1>(p + i * x.stride[2] + j * x.stride[3], S + (i / W * R + j) * W + lane + i % W);
   });
 }
 
 template <int W, class T>
-void store_state(const T* S, int R, const Operand& x, int64_t n, int64_t h) {
+void store_state(const T* S, int lane, int R, const Operand& x, int64_t n, int64_t h) {
   with_dtype(x.dtype, [&](auto tag) {
     auto* p = static_cast<decltype(tag)*>(x.data) + n * x.stride[0] + h * x.stride[1];
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < R; ++j)
-        convert<1>(S + (i / W * R + j) * W + i % W, p + i * x.stride[2] + j * x.stride[3]);
+        convert<1>(S + (i / W * R + j) * W + lane + i % W, p + i * x.stride[2] + j * x.stride[3]);
   });
 }
 

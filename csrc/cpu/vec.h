@@ -70,11 +70,29 @@ DELTAMEM_INLINE Vec<T, W> fnma(Vec<T, W> a, Vec<T, W> b, Vec<T, W> c) {
   return fma(Vec<T, W>{-a.x}, b, c);
 }
 
-// Column j of a token's query or key, the same for every row.
-template <class T, int W>
+// Column j of a token's query or key: the same number for every row. With P heads side by side in a vector, each has
+// a row of its own there, R = W / P numbers, and column j is the j-th of each, R times over.
+template <class T, int W, int P>
 struct Broadcast {
   const T* p;
-  DELTAMEM_INLINE Vec<T, W> operator[](int j) const { return Vec<T, W>::splat(p[j]); }
+  DELTAMEM_INLINE Vec<T, W> operator[](int j) const {
+    if constexpr (P == 1) return Vec<T, W>::splat(p[j]);
+#if defined(__x86_64__) && DELTAMEM_VECTOR_BYTES >= 32
+    if constexpr (P > 1 && W * sizeof(T) == 32) {
+      const __m256i first = _mm256_andnot_si256(_mm256_set1_epi32(W / P - 1), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+      return {typename Vec<T, W>::Native(
+          _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_add_epi32(first, _mm256_set1_epi32(j))))};
+    }
+#endif
+#if defined(__x86_64__) && DELTAMEM_VECTOR_BYTES >= 64
+    if constexpr (P > 1 && W * sizeof(T) == 64) {
+      const __m512i all = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __m512i first = _mm512_andnot_si512(_mm512_set1_epi32(W / P - 1), all);
+      return {typename Vec<T, W>::Native(
+          _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(j)), _mm512_loadu_ps(p)))};
+    }
+#endif
+  }
 };
 
 // From a and b, two vectors of the same length, every other group of Unit numbers (the first, third ... with Odd = 0)
@@ -100,20 +118,21 @@ DELTAMEM_INLINE Vec<T, W> add_neighbours(Vec<T, W> a, Vec<T, W> b) {
   return every_other<Unit, Block, 0>(a, b, all) + every_other<Unit, Block, 1>(a, b, all);
 }
 
-// Sums over the rows of a head: number j of the result is the sum of the lanes of v[j], W vectors in all. A tree of
-// additions between neighbours, first inside 128 bits, where shuffles are cheap, then between those.
-template <class T, int W>
+// Sums over the rows of a head, Group lanes: number j of a group in the result is the sum of that group in v[j], Group
+// vectors in all. A tree of additions between neighbours, first inside 128 bits, where shuffles are cheap, then between
+// those; the order is the same however many heads are in the vector.
+template <int Group, class T, int W>
 DELTAMEM_INLINE Vec<T, W> sum_lanes(Vec<T, W>* v) {
-  constexpr int near = 16 / sizeof(T) < W ? 16 / sizeof(T) : W;
+  constexpr int near = 16 / sizeof(T) < Group ? 16 / sizeof(T) : Group;
 #pragma GCC unroll 4
-  for (int n = W; n > W / near; n /= 2)
+  for (int n = Group; n > Group / near; n /= 2)
 #pragma GCC unroll 8
     for (int i = 0; i < n / 2; ++i) v[i] = add_neighbours<1, near>(v[2 * i], v[2 * i + 1]);
-  if constexpr (W > near)
+  if constexpr (Group > near)
 #pragma GCC unroll 4
-    for (int n = W / near; n > 1; n /= 2)
+    for (int n = Group / near; n > 1; n /= 2)
 #pragma GCC unroll 8
-      for (int i = 0; i < n / 2; ++i) v[i] = add_neighbours<near, W>(v[2 * i], v[2 * i + 1]);
+      for (int i = 0; i < n / 2; ++i) v[i] = add_neighbours<near, Group>(v[2 * i], v[2 * i + 1]);
   return v[0];
 }
 
