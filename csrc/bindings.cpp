@@ -62,13 +62,14 @@ DType dtype(const Tensor& x) {
   }
 }
 
-// A gate per head, [B, T, H], has the same number in all rows: stride 0.
-Operand operand(const Tensor& x) {
+// A gate per head, [B, T, H], has the same number in all rows: stride 0. Without tokens ([N, H, R], one token each)
+// the second stride is not there, and is left 0.
+Operand operand(const Tensor& x, bool tokens = true) {
   Operand o{x.data_ptr(), dtype(x), {}};
-  for (int64_t i = 0; i < x.dim(); ++i) o.stride[i] = x.stride(i);
+  for (int64_t i = 0; i < x.dim(); ++i) o.stride[i && !tokens ? i + 1 : i] = x.stride(i);
   return o;
 }
-Operand operand(const MaybeTensor& x) { return x ? operand(*x) : Operand{}; }
+Operand operand(const MaybeTensor& x, bool tokens = true) { return x ? operand(*x, tokens) : Operand{}; }
 
 struct Inputs {
   Problem problem;
@@ -105,13 +106,14 @@ Inputs inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& b
               const MaybeTensor& cu_seqlens, const std::string& mode) {
   Inputs in{};
   Problem& p = in.problem;
-  p.B = q.size(0), p.T = q.size(1), p.H = q.size(2), p.R = q.size(3), p.N = p.B;
+  const bool tokens = q.dim() == 4;
+  p.B = q.size(0), p.T = tokens ? q.size(1) : 1, p.H = q.size(-2), p.R = q.size(-1), p.N = p.B;
   p.mode = mode_named(mode);
   for (const MaybeTensor& x : {MaybeTensor(q), MaybeTensor(k), MaybeTensor(v), MaybeTensor(beta), decay, write,
                                initial_state})
     p.double_precision = p.double_precision || (x && x->scalar_type() == at::kDouble);
-  p.q = operand(q), p.k = operand(k), p.v = operand(v), p.beta = operand(beta);
-  p.decay = operand(decay), p.write = operand(write), p.initial_state = operand(initial_state);
+  p.q = operand(q, tokens), p.k = operand(k, tokens), p.v = operand(v, tokens), p.beta = operand(beta, tokens);
+  p.decay = operand(decay, tokens), p.write = operand(write, tokens), p.initial_state = operand(initial_state);
   if (mask) {
     p.mask = mask->const_data_ptr<bool>();
     p.mask_stride[0] = mask->stride(0), p.mask_stride[1] = mask->stride(1);
@@ -179,12 +181,65 @@ std::vector<MaybeTensor> backward(const MaybeTensor& d_reads, const MaybeTensor&
   return grads;
 }
 
+int64_t number(const Tensor& x, int64_t i) {
+  return x.scalar_type() == at::kInt ? x.const_data_ptr<int32_t>()[i] : x.const_data_ptr<int64_t>()[i];
+}
+
+int64_t slot(const Tensor& state_indices, int64_t i, int64_t pad, int64_t slots) {
+  const int64_t s = number(state_indices, i);
+  if (s == pad) return kNoSlot;
+  if (s < 0 || s >= slots)
+    throw std::invalid_argument("state_indices must be from 0 to " + std::to_string(slots - 1) +
+                                " or pad_slot_id, got " + std::to_string(s));
+  return s;
+}
+
+void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+          const MaybeTensor& decay, const MaybeTensor& state_indices, const MaybeTensor& num_accepted_tokens,
+          const MaybeTensor& intermediate_states, const Tensor& out, const std::string& mode, int64_t pad_slot_id,
+          bool update_state) {
+  const Inputs in = inputs(q, k, v, beta, decay, {}, {}, {}, {}, mode);
+  Problem p = in.problem;
+  p.double_precision = p.double_precision || state.scalar_type() == at::kDouble;
+  // One vector: the slots to start from, then those to write to.
+  std::vector<int64_t> slots(p.N * (1 + p.T), kNoSlot);
+  int64_t *from = slots.data(), *to = from + p.N;
+  const bool per_token = state_indices && state_indices->dim() == 2;
+  for (int64_t n = 0; n < p.N; ++n) {
+    if (per_token) {
+      const int64_t row = n * state_indices->stride(0), column = state_indices->stride(1);
+      const int64_t accepted = num_accepted_tokens ? number(*num_accepted_tokens, n * num_accepted_tokens->stride(0)) : 1;
+      if (number(*state_indices, row) == pad_slot_id) continue;
+      if (accepted < 1 || accepted > p.T)
+        throw std::invalid_argument("num_accepted_tokens must be from 1 to T=" + std::to_string(p.T) + ", got " +
+                                    std::to_string(accepted));
+      from[n] = slot(*state_indices, row + (accepted - 1) * column, pad_slot_id, state.size(0));
+      for (int64_t t = 0; update_state && t < p.T; ++t)
+        to[n * p.T + t] = slot(*state_indices, row + t * column, pad_slot_id, state.size(0));
+    } else {
+      from[n] = state_indices ? slot(*state_indices, n * state_indices->stride(0), pad_slot_id, state.size(0)) : n;
+      if (update_state && p.T) to[n * p.T + p.T - 1] = from[n];
+    }
+  }
+  Step s{operand(state), {}, operand(out, q.dim() == 4), from, to};
+  if (intermediate_states) {
+    const Tensor& x = *intermediate_states;
+    s.intermediate = {x.data_ptr(), dtype(x), {x.stride(-4), x.stride(-3), x.stride(-2), x.stride(-1)}};
+    s.intermediate_row = x.stride(0);
+  }
+  py::gil_scoped_release release;
+  if (p.N == 0 || p.T == 0 || p.H == 0) return;
+  at::parallel_for(0, p.N, std::max<int64_t>(1, 200000 / (p.T * p.H * p.R * (p.R + 8))),
+                   [&](int64_t begin, int64_t end) { kernels()->step(p, s, begin, end); });
+}
+
 }  // namespace
 }  // namespace deltamem
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forward", &deltamem::forward);
   m.def("backward", &deltamem::backward);
+  m.def("step", &deltamem::step);
   m.def("isas", &deltamem::isas, "The instruction sets this processor has, the best first.");
   m.def("use_isa", &deltamem::use_isa, "Run the kernels of this instruction set from now on.");
   m.def("isa", [] { return std::string(deltamem::kernels()->isa); });

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops._checks import FLOATS, MAX_RANK
+from .ops._checks import FLOATS, MAX_RANK, fail
 from .ops.delta_update import run
 
 __all__ = ["TritonScanSupport", "triton_affine_scan", "triton_scan_support"]
@@ -33,6 +33,8 @@ def triton_scan_support(
     """Checks what `triton_affine_scan` would be given: shapes, dtypes and devices."""
     tensors = {"state": state, "q": q, "k": k, "v": v, "keep": keep, "erase": erase, "write": write}
     for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            fail(TypeError, name, "a tensor", x)
         if x.ndim != 3:
             return TritonScanSupport(False, f"expected 3D tensors, got {name} {list(x.shape)}")
         if x.dtype not in FLOATS:
@@ -76,10 +78,13 @@ def triton_affine_scan(
 
     Raises:
         RuntimeError: tensors that `triton_scan_support` refuses.
+        TypeError, ValueError: what is no tensor, and a token_mask of another shape.
     """
     support = triton_scan_support(state, q, k, v, keep, erase, write)
     if not support.supported:
         raise RuntimeError(f"affine scan is unavailable: {support.reason}")
+    if token_mask is not None and not isinstance(token_mask, Tensor):
+        fail(TypeError, "token_mask", "a tensor [batch, seq]", token_mask)
     if token_mask is not None and token_mask.shape != q.shape[:2]:
         raise ValueError(f"token_mask must be [batch, seq] = {list(q.shape[:2])}, got {list(token_mask.shape)}")
     operands = [q.to(torch.promote_types(q.dtype, v.dtype)), k, v, erase, keep, write]

@@ -11,7 +11,8 @@
 #define DELTAMEM_VECTOR_BYTES 32
 #include "kernels.h"
 
-extern const deltamem::Kernels deltamem::kAvx2{"avx2", deltamem::avx2::forward, deltamem::avx2::backward};
+extern const deltamem::Kernels deltamem::kAvx2{"avx2", deltamem::avx2::forward, deltamem::avx2::backward,
+                                               deltamem::avx2::step};
 
 #ifdef __clang__
 #pragma clang attribute pop

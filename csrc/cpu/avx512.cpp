@@ -11,7 +11,8 @@
 #define DELTAMEM_VECTOR_BYTES 64
 #include "kernels.h"
 
-extern const deltamem::Kernels deltamem::kAvx512{"avx512", deltamem::avx512::forward, deltamem::avx512::backward};
+extern const deltamem::Kernels deltamem::kAvx512{"avx512", deltamem::avx512::forward, deltamem::avx512::backward,
+                                                 deltamem::avx512::step};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -3,5 +3,5 @@
 #define DELTAMEM_VECTOR_BYTES 16
 #include "kernels.h"
 
-extern const deltamem::Kernels deltamem::kBaseline{"baseline", deltamem::baseline::forward,
-                                                   deltamem::baseline::backward};
+extern const deltamem::Kernels deltamem::kBaseline{"baseline", deltamem::baseline::forward, deltamem::baseline::backward,
+                                                   deltamem::baseline::step};

@@ -89,28 +89,33 @@ struct Chunk {
 
   static constexpr int padded(int64_t R) { return P == 1 ? int((R + W - 1) / W * W) : W; }
   DELTAMEM_INLINE int width() const { return padded(R); }
-  static size_t bytes(const Problem& p) { return 10 * Arena::piece<T>(kChunk * padded(p.R)); }
-
-  Chunk(const Problem& p, Rank R, Arena& arena) : p(p), R(R) {
-    for (T** piece : {&keep, &erase, &value, &overlap}) *piece = arena.take<T>(kChunk * width());
-    for (T*& piece : buffers_) piece = arena.take<T>(kChunk * width());
+  static size_t bytes(const Problem& p, int64_t tokens = kChunk) {
+    return 10 * Arena::piece<T>(tokens * padded(p.R));
+  }
+  Chunk(const Problem& p, Rank R, Arena& arena, int64_t tokens = kChunk) : p(p), R(R) {
+    for (T** piece : {&keep, &erase, &value, &overlap}) *piece = arena.take<T>(tokens * width());
+    for (T*& piece : buffers_) piece = arena.take<T>(tokens * width());
   }
 
   void load(const Sequence* s, int64_t first) {
     for (int i = 0; i < P; ++i) span[i] = s[i].chunk(first);
     n = span[0].n;
-    T** buffer = buffers_;
-    auto rows = [&](const Operand& x) {
-      T* b = *buffer++;
-      return in_place(x) ? Rows<T>{span[0].template begin<T>(x), ptrdiff_t(x.stride[1])} : copied(x, b);
-    };
-    q = rows(p.q), k = rows(p.k), v = rows(p.v), beta = rows(p.beta);
-    if (p.decay.data) decay = rows(p.decay);
-    if (p.write.data) write = rows(p.write);
-    with_mode(p, [&](auto mode, auto coupled) { combine_gates<mode(), coupled()>(); });
+    load_rows([&](const Operand& x, T* buffer) {
+      return in_place(x) ? Rows<T>{span[0].template begin<T>(x), ptrdiff_t(x.stride[1])} : copied(x, buffer);
+    });
     leave_out(T(1), keep);
     for (T* x : {erase, value, buffers_[0], buffers_[1]}) leave_out(T(0), x);
     multiply_keys();
+  }
+
+  // All operands by `rows(operand, buffer)`, and what the gates make of them.
+  template <class F>
+  DELTAMEM_INLINE void load_rows(F&& rows) {
+    q = rows(p.q, buffers_[0]), k = rows(p.k, buffers_[1]), v = rows(p.v, buffers_[2]);
+    beta = rows(p.beta, buffers_[3]);
+    if (p.decay.data) decay = rows(p.decay, buffers_[4]);
+    if (p.write.data) write = rows(p.write, buffers_[5]);
+    with_mode(p, [&](auto mode, auto coupled) { combine_gates<mode(), coupled()>(); });
   }
 
   Rows<T> copied(const Operand& x, T* buffer) const {

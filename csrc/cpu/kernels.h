@@ -2,7 +2,7 @@
 // names it in DELTAMEM_ISA and says how many bytes its vectors have.
 #pragma once
 
-#include "scan.h"
+#include "step.h"
 
 namespace deltamem {
 inline namespace DELTAMEM_ISA {
@@ -14,11 +14,13 @@ using Known = std::integral_constant<int, R>;
 constexpr int kWide = DELTAMEM_VECTOR_BYTES / sizeof(float);
 
 template <int R>
-using KnownRank = Tasks<Scan<float, kWide, Known<R>, (kWide > R ? kWide / R : 1)>,
-                        Scan<float, (kWide < R ? kWide : R), Known<R>>>;
+struct KnownRank : Tasks<Scan<float, kWide, Known<R>, (kWide > R ? kWide / R : 1)>,
+                         Scan<float, (kWide < R ? kWide : R), Known<R>>>,
+                   StepScan<float, (kWide < R ? kWide : R), Known<R>> {
+};
 
-template <class T>
-using AnyRank = Tasks<Scan<T, DELTAMEM_VECTOR_BYTES / sizeof(T), int>, Scan<T, DELTAMEM_VECTOR_BYTES / sizeof(T), int>>;
+template <class T, int W = DELTAMEM_VECTOR_BYTES / sizeof(T)>
+struct AnyRank : Tasks<Scan<T, W, int>, Scan<T, W, int>>, StepScan<T, W, int> {};
 
 template <class F>
 void with_scan(const Problem& p, F&& f) {
@@ -38,6 +40,10 @@ inline void forward(const Problem& p, const ForwardOutput& out, int64_t begin, i
 inline void backward(const Problem& p, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
                      const BackwardOutput& out, int64_t begin, int64_t end) {
   with_scan(p, [&](auto scan) { scan.backward(p, d_reads, d_final_state, checkpoints, out, begin, end); });
+}
+
+inline void step(const Problem& p, const Step& s, int64_t begin, int64_t end) {
+  with_scan(p, [&](auto scan) { scan.step(p, s, begin, end); });
 }
 
 }  // namespace DELTAMEM_ISA

@@ -43,12 +43,24 @@ struct BackwardOutput {
   Operand initial_state;
 };
 
+// delta_step: N rows of T tokens (operands [N, T, H, R] in a Problem with B = N), each on a slot of a pool of states.
+struct Step {
+  Operand state;           // [slots, H, R, R]
+  Operand intermediate;      // of one row, [T, H, R, R]: the state after each token; data is null where absent
+  Operand reads;             // [N, T, H, R]
+  const int64_t* from;       // [N]: the slot a row starts from, or kNoSlot: it reads zeros and touches nothing
+  const int64_t* to;         // [N, T]: the slot that gets the state after a token, or kNoSlot
+  int64_t intermediate_row;  // stride between the rows of intermediate
+};
+constexpr int64_t kNoSlot = -1;
+
 // The work on sequences x heads [begin, end): any split over threads gives the same bits.
 struct Kernels {
   const char* isa;
   void (*forward)(const Problem&, const ForwardOutput&, int64_t begin, int64_t end);
   void (*backward)(const Problem&, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
                    const BackwardOutput&, int64_t begin, int64_t end);
+  void (*step)(const Problem&, const Step&, int64_t begin, int64_t end);  // over the rows
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512;

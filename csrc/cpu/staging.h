@@ -64,8 +64,10 @@ void unstage(const Operand& out, Span span, Rank R, const T* rows, int stride, b
         T sum = rows[0];
         for (int i = 1; i < R; ++i) sum += rows[i];
         convert<1>(&sum, p);
-      } else {
+      } else if (out.stride[3] == 1) {
         convert_row(rows, p, R);
+      } else {
+        for (int i = 0; i < R; ++i) convert<1>(rows + i, p + i * out.stride[3]);
       }
     }
   });
@@ -73,20 +75,42 @@ void unstage(const Operand& out, Span span, Rank R, const T* rows, int stride, b
 
 // A state, [R rows, R columns] of any strides, to and from blocks of W rows: column j of a block is W numbers. With
 // several heads in a block, this one's rows begin at `lane`.
+// W rows of W numbers as W columns, and back.
 template <int W, class T>
-void load_state(const Operand& x, int64_t n, int64_t h, int R, T* S, int lane) {
+DELTAMEM_INLINE void load_square(const T* p, int64_t row_stride, Vec<T, W>* columns) {
+  for (int i = 0; i < W; ++i) columns[i] = Vec<T, W>::load(p + i * row_stride);
+  transpose(columns);
+}
+template <int W, class T>
+DELTAMEM_INLINE void store_square(const Vec<T, W>* columns, T* p, int64_t row_stride) {
+  Vec<T, W> rows[W];
+  for (int j = 0; j < W; ++j) rows[j] = columns[j];
+  transpose(rows);
+  for (int i = 0; i < W; ++i) rows[i].store(p + i * row_stride);
+}
+
+template <int W, class T, class Rank>
+DELTAMEM_INLINE void load_state(const Operand& x, int64_t n, int64_t h, Rank R, T* S, int lane) {
+  const int64_t offset = n * x.stride[0] + h * x.stride[1];
+  if (W == R && x.dtype == kDType<T> && x.stride[3] == 1) {
+    return load_square<W>(static_cast<const T*>(x.data) + offset, x.stride[2], reinterpret_cast<Vec<T, W>*>(S));
+  }
   with_dtype(x.dtype, [&](auto tag) {
-    const auto* p = static_cast<const decltype(tag)*>(x.data) + n * x.stride[0] + h * x.stride[1];
+    const auto* p = static_cast<const decltype(tag)*>(x.data) + offset;
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < R; ++j)
         convert<1>(p + i * x.stride[2] + j * x.stride[3], S + (i / W * R + j) * W + lane + i % W);
   });
 }
 
-template <int W, class T>
-void store_state(const T* S, int lane, int R, const Operand& x, int64_t n, int64_t h) {
+template <int W, class T, class Rank>
+DELTAMEM_INLINE void store_state(const T* S, int lane, Rank R, const Operand& x, int64_t n, int64_t h) {
+  const int64_t offset = n * x.stride[0] + h * x.stride[1];
+  if (W == R && x.dtype == kDType<T> && x.stride[3] == 1) {
+    return store_square<W>(reinterpret_cast<const Vec<T, W>*>(S), static_cast<T*>(x.data) + offset, x.stride[2]);
+  }
   with_dtype(x.dtype, [&](auto tag) {
-    auto* p = static_cast<decltype(tag)*>(x.data) + n * x.stride[0] + h * x.stride[1];
+    auto* p = static_cast<decltype(tag)*>(x.data) + offset;
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < R; ++j)
         convert<1>(S + (i / W * R + j) * W + lane + i % W, p + i * x.stride[2] + j * x.stride[3]);

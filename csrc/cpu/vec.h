@@ -95,6 +95,18 @@ struct Broadcast {
   }
 };
 
+// Numbers Index of a (from 0) and b (from W).
+template <int... Index, class T, int W>
+DELTAMEM_INLINE Vec<T, W> shuffle(Vec<T, W> a, Vec<T, W> b) {
+#ifdef __clang__
+  return {__builtin_shufflevector(a.x, b.x, Index...)};
+#else
+  typedef std::conditional_t<sizeof(T) == 4, int, long long> Number;
+  typedef Number Mask __attribute__((vector_size(W * sizeof(T))));
+  return {__builtin_shuffle(a.x, b.x, Mask{Index...})};
+#endif
+}
+
 // From a and b, two vectors of the same length, every other group of Unit numbers (the first, third ... with Odd = 0)
 // of each Block, those of a before those of b.
 template <int Unit, int Block, int Odd, class T, int W, int... I>
@@ -103,13 +115,7 @@ DELTAMEM_INLINE Vec<T, W> every_other(Vec<T, W> a, Vec<T, W> b, std::integer_seq
     const int group = i % Block / Unit, half = Block / Unit / 2;
     return i / Block * Block + (group % half * 2 + Odd) * Unit + i % Unit + (group < half ? 0 : W);
   };
-#ifdef __clang__
-  return {__builtin_shufflevector(a.x, b.x, source(I)...)};
-#else
-  typedef std::conditional_t<sizeof(T) == 4, int, long long> Index;
-  typedef Index Mask __attribute__((vector_size(W * sizeof(T))));
-  return {__builtin_shuffle(a.x, b.x, Mask{source(I)...})};
-#endif
+  return shuffle<source(I)...>(a, b);
 }
 
 template <int Unit, int Block, class T, int W>
@@ -134,6 +140,44 @@ DELTAMEM_INLINE Vec<T, W> sum_lanes(Vec<T, W>* v) {
 #pragma GCC unroll 8
       for (int i = 0; i < n / 2; ++i) v[i] = add_neighbours<near, Group>(v[2 * i], v[2 * i + 1]);
   return v[0];
+}
+
+// In each Block of numbers, the groups of Unit numbers of a and b in turn, from the first half of the block or from the
+// second.
+template <int Unit, int Block, bool Second, class T, int W, int... I>
+DELTAMEM_INLINE Vec<T, W> interleave(Vec<T, W> a, Vec<T, W> b, std::integer_sequence<int, I...>) {
+  constexpr auto source = [](int i) {
+    const int group = i % Block / Unit, half = Block / Unit / 2;
+    return i / Block * Block + (group / 2 + (Second ? half : 0)) * Unit + i % Unit + (group % 2) * W;
+  };
+  return shuffle<source(I)...>(a, b);
+}
+
+// v[i * Step] for i < N, as a matrix with groups of Unit numbers in Blocks, transposed.
+template <int N, int Step, int Unit, int Block, class T, int W>
+DELTAMEM_INLINE void transpose_groups(Vec<T, W>* v) {
+  const std::make_integer_sequence<int, W> all;
+#pragma GCC unroll 4
+  for (int round = 1; round < N; round *= 2) {
+    Vec<T, W> mixed[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i) {
+      mixed[2 * i] = interleave<Unit, Block, false>(v[i * Step], v[(i + N / 2) * Step], all);
+      mixed[2 * i + 1] = interleave<Unit, Block, true>(v[i * Step], v[(i + N / 2) * Step], all);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) v[i * Step] = mixed[i];
+  }
+}
+
+// W vectors of W numbers, rows to columns: first squares inside 128 bits, where shuffles are cheap, then the squares.
+template <class T, int W>
+DELTAMEM_INLINE void transpose(Vec<T, W>* v) {
+  constexpr int near = 16 / sizeof(T);
+#pragma GCC unroll 8
+  for (int i = 0; i < W; i += near) transpose_groups<near, 1, 1, near>(v + i);
+#pragma GCC unroll 4
+  for (int j = 0; W > near && j < near; ++j) transpose_groups<W / near, near, near, W>(v + j);
 }
 
 }  // namespace DELTAMEM_ISA

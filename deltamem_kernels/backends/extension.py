@@ -49,6 +49,11 @@ def delta_update_backward(*operands):
     return _library().backward(*operands)
 
 
+def delta_step(*operands):
+    """See `reference.delta_step`."""
+    _library().step(*operands)
+
+
 @functools.cache
 def _missing() -> str | None:
     if build.built_ahead(build.library_name()).exists() or _cached(build.library_name()).exists():

@@ -199,3 +199,48 @@ def _sum_rows(weights: Tensor, S: Tensor) -> Tensor:
 def _as_input(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     grad = grad if mask is None else masked(mask, grad)
     return (grad if grad.ndim == x.ndim else grad.sum(-1)).to(x.dtype)
+
+
+def delta_step(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    state_indices: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    intermediate_states: Tensor | None,
+    out: Tensor,
+    mode: str,
+    pad_slot_id: int,
+    update_state: bool,
+) -> None:
+    """Rows one after another: reads into out, states into the pool and into intermediate_states. Operands are
+    `[N, H, R]`, or `[N, T, H, R]`; a gate per head has one dimension less."""
+    if q.ndim == 3:
+        q, k, v, out, beta = (x.unsqueeze(1) for x in (q, k, v, out, beta))
+        decay = None if decay is None else decay.unsqueeze(1)
+        intermediate_states = None if intermediate_states is None else intermediate_states.unsqueeze(1)
+    N, T = q.shape[:2]
+    dtype = accumulation_dtype(state, q, k, v, beta, decay)
+    qs, ks, vs, keep, erase, write = _operands(q, k, v, beta, decay, None, None, mode, dtype)
+    slots = torch.arange(N).tolist() if state_indices is None else state_indices.tolist()
+    accepted = [1] * N if num_accepted_tokens is None else num_accepted_tokens.tolist()
+    for n, slot in enumerate(slots):
+        per_token = slot if isinstance(slot, list) else None
+        first = slot if per_token is None else per_token[0]
+        start = pad_slot_id if first == pad_slot_id else (first if per_token is None else per_token[accepted[n] - 1])
+        if start == pad_slot_id:
+            out[n] = 0
+            continue
+        S = state[start].to(dtype)
+        for t in range(T):
+            out[n, t] = (S @ qs[n, t].unsqueeze(-1)).squeeze(-1).to(out.dtype)
+            S = _write(S, ks[n, t], vs[n, t], keep[n, t], erase[n, t], write[n, t])
+            if intermediate_states is not None:
+                intermediate_states[n, t] = S
+            if update_state and per_token is not None and per_token[t] != pad_slot_id:
+                state[per_token[t]] = S
+        if update_state and per_token is None:
+            state[start] = S

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDICES = (torch.int32, torch.int64)
 MODES = ("standard", "lambda_outside", "no_lambda")
 MAX_RANK = 128
 
@@ -19,7 +20,8 @@ MAX_RANK = 128
 def describe(x: object) -> str:
     if not isinstance(x, Tensor):
         return f"{type(x).__name__} {x!r:.60}"
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+    layout = "" if x.layout is torch.strided else f"{str(x.layout).removeprefix('torch.')} "
+    return f"{layout}{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
 
 
 def fail(error: type[Exception], name: str, wanted: str, got: object) -> NoReturn:
@@ -32,6 +34,8 @@ def check_float(name: str, x: object, wanted: str) -> None:
         fail(TypeError, name, f"a tensor {wanted}", x)
     if x.dtype not in FLOATS:
         fail(TypeError, name, f"float16, bfloat16, float32 or float64 {wanted}", x)
+    if x.layout is not torch.strided:
+        fail(TypeError, name, f"a dense tensor {wanted}", x)
 
 
 def check_shape(name: str, x: Tensor, shapes: Sequence[tuple[int, ...]], wanted: str) -> None:
@@ -48,14 +52,24 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def check_mode(mode: object) -> None:
+    if not isinstance(mode, str):
+        fail(TypeError, "mode", f"one of {', '.join(MODES)}", mode)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
 
+def check_backend(backend: object) -> None:
+    """A name or nothing; which names there are is the backends' affair."""
+    if not isinstance(backend, str):
+        fail(TypeError, "backend", "the name of a backend, or None", backend)
+
+
 def check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device) -> None:
     """`[N + 1]` int32 or int64 on the device of q, and one row of packed tokens. The values are the kernels' affair."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in INDICES:
         fail(TypeError, "cu_seqlens", "an int32 or int64 tensor [N + 1]", cu_seqlens)
+    if cu_seqlens.layout is not torch.strided:
+        fail(TypeError, "cu_seqlens", "a dense tensor [N + 1]", cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         fail(ValueError, "cu_seqlens", "[N + 1], the N sequences' starts and the end", cu_seqlens)
     if batch != 1:
@@ -66,5 +80,7 @@ def check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device) -> No
 def check_mask(mask: object, shape: tuple[int, int], device: torch.device) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         fail(TypeError, "mask", "a bool tensor [B, T], True where a token counts", mask)
+    if mask.layout is not torch.strided:
+        fail(TypeError, "mask", "a dense tensor [B, T]", mask)
     check_shape("mask", mask, (shape,), "[B, T]")
     check_device("mask", mask, device)

@@ -10,7 +10,18 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import choose
 from ..backends.reference import CHECKPOINT_INTERVAL, accumulation_dtype
-from ._checks import MAX_RANK, check_cu_seqlens, check_device, check_float, check_mask, check_mode, check_shape, fail
+from ._checks import (
+    MAX_RANK,
+    check_backend,
+    check_cu_seqlens,
+    check_device,
+    check_float,
+    check_mask,
+    check_mode,
+    check_shape,
+    fail,
+)
+from ._library import define, library
 
 
 class DeltaUpdateOutput(NamedTuple):
@@ -66,6 +77,8 @@ def delta_update(
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
     squeeze = _check(q, k, v, beta, decay, mode, initial_state, mask, cu_seqlens)
+    if backend is not None:
+        check_backend(backend)
     if squeeze:
         q, k, v = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2)
         beta = _with_head(beta, q)
@@ -95,10 +108,11 @@ def _check(q, k, v, beta, decay, mode, initial_state, mask, cu_seqlens) -> bool:
         check_float(name, x, "of q's shape")
         if x.shape != shape:
             check_shape(name, x, (tuple(shape),), "of q's shape")
-        check_device(name, x, device)
+        if x.device != device:
+            check_device(name, x, device)
     check_mode(mode)
     if mode == "no_lambda" and decay is not None:
-        raise ValueError("decay must be None in mode 'no_lambda', which keeps everything (λ = 1), got a tensor")
+        fail(ValueError, "decay", "None in mode 'no_lambda', which keeps everything (λ = 1)", decay)
     batch, tokens = shape[0], shape[1]
     for name, x in (("beta", beta), ("decay", decay)):
         if name == "decay" and x is None:
@@ -134,18 +148,15 @@ def _with_head(gate: Tensor, q: Tensor) -> Tensor:
 # The operator: one boundary for the dispatcher, autograd and torch.compile. `write` serves the mode "affine" alone,
 # where beta is erase and decay is keep (see compat.py).
 
-_library = torch.library.Library("deltamem_kernels", "DEF")
-_library.define(
+define(
     "delta_update(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? decay, Tensor? write, Tensor? initial_state, "
     "Tensor? mask, Tensor? cu_seqlens, str mode, str backend, bool save) "
-    "-> (Tensor reads, Tensor final_state, Tensor checkpoints)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "-> (Tensor reads, Tensor final_state, Tensor checkpoints)"
 )
-_library.define(
+define(
     "delta_update_backward(Tensor? d_reads, Tensor? d_final_state, Tensor q, Tensor k, Tensor v, Tensor beta, "
     "Tensor? decay, Tensor? write, Tensor? initial_state, Tensor? mask, Tensor? cu_seqlens, Tensor checkpoints, "
-    "str mode, str backend, bool[] needs) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "str mode, str backend, bool[] needs) -> Tensor[]"
 )
 
 
@@ -164,6 +175,8 @@ def _backward(d_reads, d_final_state, q, k, v, beta, decay, write, initial_state
 
 
 def _forward_fake(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode, backend, save):
+    if q.device.type == "meta":  # no kernel will run, a backend that could not is refused all the same
+        choose(backend, q.device)
     B, T, H, R = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(q, k, v, beta, decay, write, initial_state)
@@ -213,7 +226,7 @@ def run(*operands, mode: str, backend: str | None) -> tuple[Tensor, Tensor]:
     return torch.ops.deltamem_kernels.delta_update(*operands, mode, backend or "", False)[:2]
 
 
-_library.impl("delta_update", _forward, "CompositeExplicitAutograd")
-_library.impl("delta_update_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("deltamem_kernels::delta_update", _forward_fake, lib=_library)
-torch.library.register_fake("deltamem_kernels::delta_update_backward", _backward_fake, lib=_library)
+library.impl("delta_update", _forward, "CompositeExplicitAutograd")
+library.impl("delta_update_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("deltamem_kernels::delta_update", _forward_fake, lib=library)
+torch.library.register_fake("deltamem_kernels::delta_update_backward", _backward_fake, lib=library)

@@ -1,0 +1,105 @@
+// delta_step on a CPU: a few tokens for each of many rows, on states that stay where they are in a pool. What
+// delta_update stages for a chunk of one sequence's tokens is staged here for a group of rows, a token or more of each.
+#pragma once
+
+#include "scan.h"
+
+namespace deltamem {
+inline namespace DELTAMEM_ISA {
+
+template <class T, int W, class Rank>
+struct StepScan : Scan<T, W, Rank> {
+  typedef Scan<T, W, Rank> Base;
+  typedef typename Base::L L;
+  typedef typename Base::X X;
+  typedef typename Base::Block Block;
+  typedef Chunk<T, W, Rank, 1> Staged;
+
+  static void step(const Problem& p, const Step& s, int64_t begin, int64_t end) {
+    const int64_t group = p.T < kChunk ? kChunk / p.T : 1;  // rows
+    const int width = Staged::padded(p.R);
+    thread_local Arena arena;
+    arena.reset(Staged::bytes(p, group * p.T) + Arena::piece<T>(group * p.T * width) + Arena::piece<T>(p.R * width));
+    Staged staged(p, Base::rank(p), arena, group * p.T);
+    T* reads = arena.take<T>(group * p.T * width);
+    T* S = arena.take<T>(p.R * width);
+    for (int64_t first = begin; first < end; first += group) {
+      const int64_t rows = end - first < group ? end - first : group;
+      for (int64_t h = 0; h < p.H; ++h) {
+        stage_rows(staged, first, rows, h);
+        for (int64_t n = 0; n < rows; ++n) row(staged, s, first + n, h, n * p.T, S, reads);
+        for_each_token(p.T, first, rows, h, s.reads, [&](const Operand& x, Span span, int64_t t) {
+          unstage(x, span, staged.R, reads + t * width, int(p.T * width));
+        });
+      }
+    }
+  }
+
+  // Token t of all rows is one span: their first dimension is walked as its tokens.
+  template <class F>
+  static void for_each_token(int64_t T_, int64_t first, int64_t rows, int64_t h, const Operand& x, F&& f) {
+    const Operand by_row{x.data, x.dtype, {x.stride[1], x.stride[0], x.stride[2], x.stride[3]}};
+    for (int64_t t = 0; t < T_; ++t) f(by_row, Span{t, first, h, int(rows)}, t);
+  }
+
+  static void stage_rows(Staged& staged, int64_t first, int64_t rows, int64_t h) {
+    const int width = staged.width(), stride = int(staged.p.T) * width;
+    staged.n = int(rows * staged.p.T);
+    staged.load_rows([&](const Operand& x, T* buffer) {
+      if (staged.p.T == 1 && width == staged.R && x.dtype == kDType<T> && x.stride[3] == 1)
+        return Rows<T>{Span{first, 0, h, 1}.template begin<T>(x), ptrdiff_t(x.stride[0])};
+      for_each_token(staged.p.T, first, rows, h, x, [&](const Operand& by_row, Span span, int64_t t) {
+        stage(by_row, span, staged.R, buffer + t * width, stride, width);
+      });
+      return Rows<T>{buffer, width};
+    });
+  }
+
+  // The usual row: one token, a float32 state that fits a block, never outside of registers.
+  DELTAMEM_INLINE static void one_token(const Staged& c, const Step& s, int64_t n, int64_t h, int64_t at, T* reads) {
+    T* pool = static_cast<T*>(s.state.data) + h * s.state.stride[1];
+    L S[W];
+    load_square<W>(pool + s.from[n] * s.state.stride[0], s.state.stride[2], S);
+    const int64_t here = at * W;
+    dot(S, X{c.q[at]}, c.R).store(reads + here);
+    const L held = dot(S, X{c.k[at]}, c.R);
+    write_token(S, X{c.k[at]}, L::load(c.keep + here), change_by(L::load(c.erase + here), held, L::load(c.value + here)), c.R);
+    if (s.to[n] != kNoSlot) store_square<W>(S, pool + s.to[n] * s.state.stride[0], s.state.stride[2]);
+  }
+
+  // The tokens of row n, staged from `at` on.
+  static void row(const Staged& c, const Step& s, int64_t n, int64_t h, int64_t at, T* memory, T* reads) {
+    const int64_t tokens = c.p.T;
+    const int width = c.width();
+    if (s.from[n] == kNoSlot) {
+      fill(reads + at * width, tokens * width, T(0));
+      return;
+    }
+    Operand intermediate = s.intermediate;
+    if (intermediate.data) with_dtype(intermediate.dtype, [&](auto tag) {
+      intermediate.data = static_cast<decltype(tag)*>(intermediate.data) + n * s.intermediate_row;
+    });
+    if (width != c.R) fill(memory, c.R * width, T(0));  // the lanes beyond the rank
+    if constexpr (Base::kKnownRank) {
+      if (W == c.R && tokens == 1 && s.state.dtype == kDType<T> && s.state.stride[3] == 1 && !intermediate.data)
+        return one_token(c, s, n, h, at, reads);
+    }
+    load_state<W>(s.state, s.from[n], h, c.R, memory, 0);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int i = 0; i < width; i += W) {
+        Block S(memory + i * c.R, c.R);
+        const int64_t here = (at + t) * width + i;
+        dot(*S, X{c.q[at + t]}, c.R).store(reads + here);
+        const L held = dot(*S, X{c.k[at + t]}, c.R);
+        const L change = change_by(L::load(c.erase + here), held, L::load(c.value + here));
+        write_token(*S, X{c.k[at + t]}, L::load(c.keep + here), change, c.R);
+        S.put_back(c.R);
+      }
+      if (s.to[n * tokens + t] != kNoSlot) store_state<W>(memory, 0, c.R, s.state, s.to[n * tokens + t], h);
+      if (s.intermediate.data) store_state<W>(memory, 0, c.R, intermediate, t, h);
+    }
+  }
+};
+
+}  // namespace DELTAMEM_ISA
+}  // namespace deltamem

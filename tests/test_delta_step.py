@@ -1,0 +1,263 @@
+"""delta_step: decoding on a pool of states, every backend against delta_update in float64 and against itself."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from problems import FLOAT32_TOLERANCE, MODES, error, fence
+from torch import Tensor
+
+from deltamem_kernels import delta_step, delta_update
+
+N, SLOTS, PAD = 5, 9, -1
+
+
+def operands(T: int | None, H: int, R: int, mode: str, decay: bool, per_head: bool, device: str) -> dict[str, Tensor]:
+    rows = (N, H) if T is None else (N, T, H)
+    unit = torch.nn.functional.normalize
+    made = {name: unit(torch.randn(*rows, R), dim=-1) for name in ("q", "k", "v")}
+    made["beta"] = torch.rand(rows) if per_head else torch.rand(*rows, R)
+    if decay and mode != "no_lambda":
+        made["decay"] = torch.rand(*rows, R)
+    return {name: x.to(device) for name, x in made.items()}
+
+
+def pool_of(H: int, R: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A pool whose slots stand apart in pages of NaN, and the whole storage."""
+    pages = torch.full((SLOTS, H * R * R + 7), float("nan"), dtype=dtype, device=device)
+    pool = pages[:, 3 : 3 + H * R * R].view(SLOTS, H, R, R)
+    pool.copy_(torch.randn(SLOTS, H, R, R))
+    return pool, pages
+
+
+def exact(pool: Tensor, slots: list[int], made: dict[str, Tensor], mode: str) -> tuple[Tensor, Tensor]:
+    """Reads and last states by delta_update in float64."""
+    made = {name: x.double().cpu() for name, x in made.items()}
+    shape = made["q"].shape
+    if len(shape) == 3:
+        made = {name: x.unsqueeze(1) for name, x in made.items()}
+    start = pool.double().cpu()[slots]
+    out = delta_update(**made, mode=mode, initial_state=start, backend="reference")
+    return out.reads.reshape(shape), out.final_state
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("T", [None, 1, 3])
+@pytest.mark.parametrize("R", [3, 4, 8, 16, 33])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_parity_on_a_pool_of_pages(implementation, mode, T, R, index_dtype):
+    """Slots in any order and of any stride, one row padded; what is not named keeps its bits, the gaps too."""
+    H = 2 if R < 16 else 1
+    made = operands(T, H, R, mode, decay=R % 2 == 0, per_head=R == 8, device=implementation.device)
+    pool, pages = pool_of(H, R, implementation.device)
+    before = pages.clone()
+    slots = torch.randperm(SLOTS)[:N].tolist()
+    reads, states = exact(pool, slots, made, mode)
+    slots[2] = PAD
+    indices = torch.tensor(slots, dtype=index_dtype, device=implementation.device)
+    ours = delta_step(pool, **made, mode=mode, state_indices=indices, backend=implementation.backend)
+    live = [n for n in range(N) if n != 2]
+    assert error(ours[live], reads[live]) <= FLOAT32_TOLERANCE
+    assert torch.count_nonzero(ours[2]) == 0
+    for n in live:
+        assert error(pool[slots[n]], states[n]) <= FLOAT32_TOLERANCE
+    untouched = [s for s in range(SLOTS) if s not in [slots[n] for n in live]]
+    assert torch.equal(pages[untouched].nan_to_num(7.0), before[untouched].nan_to_num(7.0))
+    assert pages[:, :3].isnan().all()
+    assert pages[:, -4:].isnan().all()
+
+
+def test_without_indices_row_n_has_slot_n(implementation):
+    made = operands(None, 1, 8, "standard", False, False, implementation.device)
+    pool, _ = pool_of(1, 8, implementation.device)
+    reads, states = exact(pool, list(range(N)), made, "standard")
+    rest = pool[N:].clone()
+    assert error(delta_step(pool, **made, backend=implementation.backend), reads) <= FLOAT32_TOLERANCE
+    assert error(pool[:N], states) <= FLOAT32_TOLERANCE
+    assert torch.equal(pool[N:], rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_pools_of_other_dtypes(implementation, dtype):
+    """The arithmetic is float32 (float64), the state is rounded when it is written."""
+    made = operands(2, 1, 8, "standard", False, False, implementation.device)
+    pool, _ = pool_of(1, 8, implementation.device, dtype)
+    reads, states = exact(pool, list(range(N)), made, "standard")
+    ours = delta_step(pool, **made, backend=implementation.backend)
+    assert error(ours, reads) <= FLOAT32_TOLERANCE
+    assert error(pool[:N], states) <= max(torch.finfo(dtype).eps, 1e-7)
+
+
+def test_operands_between_nans_and_out(implementation):
+    made = {name: fence(x) for name, x in operands(3, 2, 8, "standard", True, True, implementation.device).items()}
+    pool, _ = pool_of(2, 8, implementation.device)
+    reads, _ = exact(pool, list(range(N)), made, "standard")
+    out = fence(torch.zeros(made["q"].shape, dtype=torch.bfloat16, device=implementation.device))
+    returned = delta_step(pool, **made, out=out, backend=implementation.backend)
+    assert returned is out
+    assert error(out, reads) <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("accepted", [1, 2, 4])
+def test_rejected_drafts_leave_no_trace_in_a_slot_per_token(implementation, accepted):
+    """Draft 4 tokens, accept some, go on: equals never having drafted the others."""
+    H, R, T = 2, 8, 4
+    draft = operands(T, H, R, "standard", True, False, implementation.device)
+    after = operands(T, H, R, "standard", True, False, implementation.device)
+    start = torch.randn(N, H, R, R)
+    pool = torch.full((N * T + 3, H, R, R), 5.0, device=implementation.device)
+    slots = torch.randperm(N * T + 3)[: N * T].view(N, T).to(implementation.device)
+    pool[slots[:, 0]] = start.to(implementation.device)
+    options = {"state_indices": slots, "backend": implementation.backend}
+    ones = torch.ones(N, dtype=torch.int32, device=implementation.device)
+    delta_step(pool, **draft, num_accepted_tokens=ones, **options)
+    again = delta_step(pool, **after, num_accepted_tokens=accepted * ones, **options)
+    both = {name: torch.cat([draft[name][:, :accepted], after[name]], dim=1).double().cpu() for name in draft}
+    never = delta_update(**both, initial_state=start.double(), backend="reference").reads[:, accepted:]
+    assert error(again, never) <= FLOAT32_TOLERANCE
+    unused = [s for s in range(N * T + 3) if s not in slots.flatten().tolist()]
+    assert (pool[unused] == 5.0).all()
+
+
+@pytest.mark.parametrize("accepted", [1, 3])
+def test_rejected_drafts_leave_no_trace_with_intermediate_states(implementation, accepted):
+    H, R, T = 2, 8, 3
+    draft = operands(T, H, R, "lambda_outside", True, False, implementation.device)
+    after = operands(T, H, R, "lambda_outside", True, False, implementation.device)
+    pool, pages = pool_of(H, R, implementation.device)
+    before = pages.clone()
+    start = pool[:N].clone()
+    options = {"mode": "lambda_outside", "backend": implementation.backend}
+    states = torch.empty(N, T, H, R, R, device=implementation.device)
+    delta_step(pool, **draft, intermediate_states=states, update_state=False, **options)
+    assert torch.equal(pages.nan_to_num(7.0), before.nan_to_num(7.0))
+    pool[:N] = states[:, accepted - 1]
+    again = delta_step(pool, **after, **options)
+    both = {name: torch.cat([draft[name][:, :accepted], after[name]], dim=1).double().cpu() for name in draft}
+    never = delta_update(**both, mode="lambda_outside", initial_state=start.double().cpu(), backend="reference")
+    assert error(again, never.reads[:, accepted:]) <= FLOAT32_TOLERANCE
+
+
+def test_padded_rows_and_tokens_in_a_slot_per_token(implementation):
+    """A row whose first slot is the pad touches nothing; a later pad leaves that token's state nowhere."""
+    made = operands(3, 1, 4, "standard", False, False, implementation.device)
+    pool = torch.randn(20, 1, 4, 4, device=implementation.device)
+    before = pool.clone()
+    slots = torch.arange(15).view(5, 3).to(implementation.device)
+    slots[1], slots[3, 2] = 99, 99
+    reads = delta_step(pool, **made, state_indices=slots, pad_slot_id=99, backend=implementation.backend)
+    assert torch.count_nonzero(reads[1]) == 0
+    assert torch.count_nonzero(reads[3, 2]) > 0
+    kept = [3, 4, 5, 11, *range(15, 20)]
+    assert torch.equal(pool[kept], before[kept])
+    changed = [s for s in range(15) if s not in kept]
+    assert all(not torch.equal(pool[s], before[s]) for s in changed)
+
+
+def test_token_by_token_equals_one_call():
+    """100,000 steps on a float32 pool: the state does not drift from the one that delta_update reaches at once."""
+    T, R = 100_000, 8
+    made = {name: torch.nn.functional.normalize(torch.randn(1, T, 1, R), dim=-1) for name in ("q", "k", "v")}
+    made["beta"] = torch.rand(1, T, 1, R)
+    pool = torch.zeros(1, 1, R, R)
+    reads = torch.empty(1, T, 1, R)
+    with torch.inference_mode():
+        for t in range(T):
+            delta_step(pool, **{n: x[:, t] for n, x in made.items()}, out=reads[:, t], backend="cpu")
+    once = delta_update(**made, backend="cpu")
+    assert error(pool, once.final_state) <= 1e-5
+    assert error(reads, once.reads) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_under_torch_compile(backend):
+    """The mutation is declared: a compiled decoding loop updates the pool as the eager one does."""
+
+    def decode(pool: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, slots: Tensor) -> Tensor:
+        first = delta_step(pool, q, k, v, beta, state_indices=slots, backend=backend)
+        return first + delta_step(pool, q * 2, k, v, beta, state_indices=slots, backend=backend) + pool.sum()
+
+    compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 4, 5):
+        made = [x[:rows] for x in operands(None, 1, 8, "standard", False, False, "cpu").values()]
+        slots = torch.arange(rows)
+        eager_pool = torch.randn(SLOTS, 1, 8, 8)
+        compiled_pool = eager_pool.clone()
+        with torch.no_grad():
+            eager, ours = decode(eager_pool, *made, slots), compiled(compiled_pool, *made, slots)
+        torch.testing.assert_close(ours, eager)
+        assert torch.equal(compiled_pool, eager_pool)
+
+
+@pytest.mark.parametrize(("T", "indices"), list(itertools.product([None, 2], [None, 1, 2])))
+def test_opcheck(T, indices):
+    made = operands(T, 1, 4, "standard", False, False, "cpu")
+    slots = (
+        None
+        if indices is None
+        else torch.arange(N)
+        if indices == 1 or T is None
+        else torch.arange(SLOTS + 1).view(N, 2)
+    )
+    pool = torch.randn(SLOTS + 1, 1, 4, 4)
+    states = torch.zeros(*made["q"].shape[:-2], 1, 4, 4)
+    arguments = (
+        pool,
+        *made.values(),
+        None,
+        slots,
+        None,
+        states,
+        torch.zeros_like(made["q"]),
+        "standard",
+        -1,
+        True,
+        "cpu",
+    )
+    torch.library.opcheck(torch.ops.deltamem_kernels.delta_step, arguments)
+
+
+def good() -> dict:
+    return {"state": torch.zeros(SLOTS, 1, 4, 4), **operands(2, 1, 4, "standard", False, False, "cpu")}
+
+
+@pytest.mark.parametrize(
+    ("change", "exception", "words"),
+    [
+        ({"q": [1.0]}, TypeError, ["q must be a tensor", "list"]),
+        ({"q": torch.zeros(N, 2, 1, 4, dtype=torch.int64)}, TypeError, ["q must be", "int64"]),
+        ({"q": torch.zeros(N, 4)}, ValueError, ["q must be [N, H, R]", "[5, 4]"]),
+        ({"k": torch.zeros(N, 2, 1, 5)}, ValueError, ["k must be of q's shape", "[5, 2, 1, 5]"]),
+        ({"v": torch.zeros(N, 2, 1, 4, device="meta")}, ValueError, ["v must be on q's device", "meta"]),
+        ({"beta": torch.zeros(N, 2, 4)}, ValueError, ["beta must be", "[5, 2, 4]"]),
+        ({"decay": torch.zeros(N, 3, 1, 4)}, ValueError, ["decay must be", "[5, 3, 1, 4]"]),
+        ({"decay": torch.zeros(N, 2, 1, 4), "mode": "no_lambda"}, ValueError, ["decay must be None", "no_lambda"]),
+        ({"mode": "fast"}, ValueError, ["mode must be one of", "fast"]),
+        ({"state": torch.zeros(SLOTS, 4, 4)}, ValueError, ["state must be [slots, H, R, R]", "[9, 4, 4]"]),
+        ({"state": torch.zeros(SLOTS, 1, 4, 4, dtype=torch.int32)}, TypeError, ["state must be", "int32"]),
+        ({"state": torch.zeros(3, 1, 4, 4)}, ValueError, ["state must have a slot for each of the N=5 rows"]),
+        ({"state_indices": torch.zeros(N)}, TypeError, ["state_indices must be an int32 or int64", "float32"]),
+        ({"state_indices": torch.zeros(4, dtype=torch.int64)}, ValueError, ["state_indices must be [N] or [N, T]"]),
+        ({"state_indices": torch.arange(N) + 7}, ValueError, ["state_indices must be from 0 to 8", "got 9"]),
+        ({"num_accepted_tokens": torch.ones(N, dtype=torch.int32)}, ValueError, ["num_accepted_tokens needs", "None"]),
+        (
+            {"state_indices": torch.arange(10).view(N, 2).clamp(max=8), "num_accepted_tokens": torch.full((N,), 3)},
+            ValueError,
+            ["num_accepted_tokens must be from 1 to T=2", "got 3"],
+        ),
+        ({"intermediate_states": torch.zeros(N, 1, 4, 4)}, ValueError, ["intermediate_states must be", "[5, 1, 4, 4]"]),
+        ({"out": torch.zeros(N, 1, 4)}, ValueError, ["out must be of q's shape", "[5, 1, 4]"]),
+        ({"q": torch.zeros(N, 2, 1, 4, requires_grad=True)}, ValueError, ["delta_step has no gradient"]),
+        ({"backend": "gpu"}, ValueError, ["backend must be one of", "gpu"]),
+    ],
+)  # fmt: skip
+def test_bad_input(change, exception, words):
+    call = good() | {"backend": "cpu"} | change
+    before = call["state"].clone()
+    with pytest.raises(exception) as raised:
+        delta_step(**call)
+    for word in words:
+        assert word in str(raised.value)
+    assert torch.equal(call["state"], before)

@@ -1,0 +1,46 @@
+"""`python -m deltamem_kernels`: what it reports, and that wrong code generation does not pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltamem_kernels import __main__ as command
+from deltamem_kernels import __version__
+from deltamem_kernels.backends import NAMES, extension
+
+
+def test_reports_versions_and_every_backend(capsys: pytest.CaptureFixture) -> None:
+    assert command.main() == 0
+    printed = capsys.readouterr().out
+    assert f"deltamem_kernels {__version__}" in printed
+    assert torch.__version__ in printed
+    for name in NAMES:
+        assert any(line.split()[:1] == [name] for line in printed.splitlines()), name
+    assert "right (" in printed
+    assert "WRONG" not in printed
+
+
+@pytest.mark.parametrize("result", range(3), ids=["reads", "final_state", "checkpoints"])
+def test_a_wrong_result_is_found(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, result: int) -> None:
+    """One number in a thousandth part too large; a wrong checkpoint shows in the gradients alone."""
+    forward = extension.delta_update_forward
+
+    def wrong(*operands):
+        out = forward(*operands)
+        if out[result].numel():
+            out[result].view(-1)[3] += 0.01
+        return out
+
+    monkeypatch.setattr(extension, "delta_update_forward", wrong)
+    assert command.main() == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_a_backend_that_raises_is_reported(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*operands):
+        raise RuntimeError("the compiler gave up")
+
+    monkeypatch.setattr(extension, "delta_update_forward", broken)
+    assert command.main() == 1
+    assert "the compiler gave up" in capsys.readouterr().out
