@@ -181,12 +181,23 @@ std::vector<MaybeTensor> backward(const MaybeTensor& d_reads, const MaybeTensor&
   return grads;
 }
 
-int64_t number(const Tensor& x, int64_t i) {
-  return x.scalar_type() == at::kInt ? x.const_data_ptr<int32_t>()[i] : x.const_data_ptr<int64_t>()[i];
-}
+// Numbers of an int32 or int64 tensor; null where it is absent.
+struct Indices {
+  const void* data = nullptr;
+  bool wide = false;
+  int64_t stride[2] = {};
+  explicit Indices(const MaybeTensor& x) {
+    if (!x) return;
+    data = x->const_data_ptr(), wide = x->scalar_type() == at::kLong;
+    for (int64_t i = 0; i < x->dim(); ++i) stride[i] = x->stride(i);
+  }
+  int64_t at(int64_t i, int64_t j = 0) const {
+    const int64_t offset = i * stride[0] + j * stride[1];
+    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+  }
+};
 
-int64_t slot(const Tensor& state_indices, int64_t i, int64_t pad, int64_t slots) {
-  const int64_t s = number(state_indices, i);
+int64_t checked_slot(int64_t s, int64_t pad, int64_t slots) {
   if (s == pad) return kNoSlot;
   if (s < 0 || s >= slots)
     throw std::invalid_argument("state_indices must be from 0 to " + std::to_string(slots - 1) +
@@ -205,21 +216,22 @@ void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v
   std::vector<int64_t> slots(p.N * (1 + p.T), kNoSlot);
   int64_t *from = slots.data(), *to = from + p.N;
   const bool per_token = state_indices && state_indices->dim() == 2;
+  const Indices indices(state_indices), accepted_tokens(num_accepted_tokens);
+  const int64_t pool = state.size(0);
   for (int64_t n = 0; n < p.N; ++n) {
-    if (per_token) {
-      const int64_t row = n * state_indices->stride(0), column = state_indices->stride(1);
-      const int64_t accepted = num_accepted_tokens ? number(*num_accepted_tokens, n * num_accepted_tokens->stride(0)) : 1;
-      if (number(*state_indices, row) == pad_slot_id) continue;
-      if (accepted < 1 || accepted > p.T)
-        throw std::invalid_argument("num_accepted_tokens must be from 1 to T=" + std::to_string(p.T) + ", got " +
-                                    std::to_string(accepted));
-      from[n] = slot(*state_indices, row + (accepted - 1) * column, pad_slot_id, state.size(0));
-      for (int64_t t = 0; update_state && t < p.T; ++t)
-        to[n * p.T + t] = slot(*state_indices, row + t * column, pad_slot_id, state.size(0));
-    } else {
-      from[n] = state_indices ? slot(*state_indices, n * state_indices->stride(0), pad_slot_id, state.size(0)) : n;
+    if (!per_token) {
+      from[n] = indices.data ? checked_slot(indices.at(n), pad_slot_id, pool) : n;
       if (update_state && p.T) to[n * p.T + p.T - 1] = from[n];
+      continue;
     }
+    if (indices.at(n) == pad_slot_id) continue;
+    const int64_t accepted = accepted_tokens.data ? accepted_tokens.at(n) : 1;
+    if (accepted < 1 || accepted > p.T)
+      throw std::invalid_argument("num_accepted_tokens must be from 1 to T=" + std::to_string(p.T) + ", got " +
+                                  std::to_string(accepted));
+    from[n] = checked_slot(indices.at(n, accepted - 1), pad_slot_id, pool);
+    for (int64_t t = 0; update_state && t < p.T; ++t)
+      to[n * p.T + t] = checked_slot(indices.at(n, t), pad_slot_id, pool);
   }
   Step s{operand(state), {}, operand(out, q.dim() == 4), from, to};
   if (intermediate_states) {

@@ -75,25 +75,26 @@ struct Sequence {
 };
 
 // The tokens of P heads (with sequences of one length) side by side: vectors of rows have width() numbers, P times R,
-// or for one head whole blocks of W lanes. A token that the mask leaves out has keep = 1 and zeros everywhere else,
-// whatever stood there.
+// or for one head whole blocks of W lanes. A token that the mask leaves out has decay = 1 and zeros everywhere else,
+// whatever stood there: in every mode it then keeps all, erases nothing and writes nothing.
 template <class T, int W, class Rank, int P>
 struct Chunk {
+  typedef Vec<T, W> L;
+
   const Problem& p;
   Rank R;
   int n = 0;
   Span span[P];
   Rows<T> q, k, v, beta, decay, write;
-  T *keep, *erase, *value;  // [kChunk, width]; value = write v
-  T* overlap;               // each key times the next, 0 behind the last: see overlap_at
+  T* overlap;  // each key times the next, 0 behind the last: see overlap_at
 
   static constexpr int padded(int64_t R) { return P == 1 ? int((R + W - 1) / W * W) : W; }
   DELTAMEM_INLINE int width() const { return padded(R); }
   static size_t bytes(const Problem& p, int64_t tokens = kChunk) {
-    return 10 * Arena::piece<T>(tokens * padded(p.R));
+    return 7 * Arena::piece<T>(tokens * padded(p.R));
   }
   Chunk(const Problem& p, Rank R, Arena& arena, int64_t tokens = kChunk) : p(p), R(R) {
-    for (T** piece : {&keep, &erase, &value, &overlap}) *piece = arena.take<T>(tokens * width());
+    overlap = arena.take<T>(tokens * width());
     for (T*& piece : buffers_) piece = arena.take<T>(tokens * width());
   }
 
@@ -103,19 +104,27 @@ struct Chunk {
     load_rows([&](const Operand& x, T* buffer) {
       return in_place(x) ? Rows<T>{span[0].template begin<T>(x), ptrdiff_t(x.stride[1])} : copied(x, buffer);
     });
-    leave_out(T(1), keep);
-    for (T* x : {erase, value, buffers_[0], buffers_[1]}) leave_out(T(0), x);
+    if (p.mask)
+      for (int i = 0; i < 6; ++i) leave_out(T(i == 4 ? 1 : 0), buffers_[i]);
     multiply_keys();
   }
 
-  // All operands by `rows(operand, buffer)`, and what the gates make of them.
+  // Whether the rows of all heads stand in x as they would be staged.
+  bool in_place(const Operand& x) const {
+    if (p.mask || width() != P * R || x.dtype != kDType<T> || x.stride[3] != 1) return false;
+    for (int i = 1; i < P; ++i)
+      if (x.stride[2] != R || span[i].h != span[0].h + i || span[i].first != span[0].first || span[i].b != span[0].b)
+        return false;
+    return true;
+  }
+
+  // All operands by `rows(operand, buffer)`.
   template <class F>
   DELTAMEM_INLINE void load_rows(F&& rows) {
     q = rows(p.q, buffers_[0]), k = rows(p.k, buffers_[1]), v = rows(p.v, buffers_[2]);
     beta = rows(p.beta, buffers_[3]);
     if (p.decay.data) decay = rows(p.decay, buffers_[4]);
     if (p.write.data) write = rows(p.write, buffers_[5]);
-    with_mode(p, [&](auto mode, auto coupled) { combine_gates<mode(), coupled()>(); });
   }
 
   Rows<T> copied(const Operand& x, T* buffer) const {
@@ -135,36 +144,49 @@ struct Chunk {
     return Broadcast<T, W, P>{overlap + t / kGroup * W}[t % kGroup];
   }
 
-  // On entry the gradients of keep, erase and value; on return those of decay, beta and write in their places, and
-  // that of v in d_v.
-  void adjoint_of_gates(T* d_keep, T* d_erase, T* d_value, T* d_v) const {
-    with_mode(p, [&](auto mode, auto coupled) { adjoint_of_gates<mode(), coupled()>(d_keep, d_erase, d_value, d_v); });
+  // What token t does to the rows from i on, value = write v.
+  struct Token {
+    L keep, erase, value;
+  };
+  template <Mode mode, bool coupled>
+  DELTAMEM_INLINE Token token(int t, int i) const {
+    const Raw x = raw<mode, coupled>(t, i);
+    const Gates<L> g = gates(mode, coupled, L::splat(T(1)), x.beta, x.decay, x.write);
+    return {g.keep, g.erase, g.write * L::load(v[t] + i)};
+  }
+
+  // From the gradients of keep, erase and value to those of the operands.
+  struct TokenAdjoint {
+    L v, beta, decay, write;
+  };
+  template <Mode mode, bool coupled>
+  DELTAMEM_INLINE TokenAdjoint adjoint(int t, int i, TokenGradients<L> d) const {
+    const L one = L::splat(T(1));
+    const Raw x = raw<mode, coupled>(t, i);
+    const Gates<L> of_gates{d.keep, d.erase, d.value * L::load(v[t] + i)};
+    const GateGradients<L> g = gates_adjoint(mode, coupled, one, x.beta, x.decay, of_gates);
+    return {d.value * gates(mode, coupled, one, x.beta, x.decay, x.write).write, g.beta, g.decay, g.write};
   }
 
  private:
-  typedef Vec<T, W> L;
   static constexpr int kGroup = W / P;  // lanes of a head
   T* buffers_[6];
 
-  bool in_place(const Operand& x) const {
-    if (p.mask || width() != P * R || x.dtype != kDType<T> || x.stride[3] != 1) return false;
-    for (int i = 1; i < P; ++i)
-      if (x.stride[2] != R || span[i].h != span[0].h + i || span[i].first != span[0].first || span[i].b != span[0].b)
-        return false;
-    return true;
+  DELTAMEM_INLINE L product_of_keys(int t) const {
+    L product{};
+    for (int j = 0; j < width(); j += W) product = fma(L::load(k[t] + j), L::load(k[t + 1] + j), product);
+    return product;
   }
 
   void multiply_keys() {
-    for (int t = 0; t < n; t += kGroup) {
-      L products[kGroup];
-      for (int l = 0; l < kGroup; ++l) {
-        products[l] = L{};
-        if (t + l + 1 < n)
-          for (int j = 0; j < width(); j += W)
-            products[l] = fma(L::load(k[t + l] + j), L::load(k[t + l + 1] + j), products[l]);
-      }
+    L products[kGroup];
+    int t = 0;
+    for (; t + kGroup < n; t += kGroup) {
+      for (int l = 0; l < kGroup; ++l) products[l] = product_of_keys(t + l);
       sum_lanes<kGroup>(products).store(overlap + t / kGroup * W);
     }
+    for (int l = 0; l < kGroup; ++l) products[l] = t + l + 1 < n ? product_of_keys(t + l) : L{};
+    sum_lanes<kGroup>(products).store(overlap + t / kGroup * W);
   }
 
   struct Raw {
@@ -174,35 +196,6 @@ struct Chunk {
   DELTAMEM_INLINE Raw raw(int t, int i) const {
     const L b = L::load(beta[t] + i);
     return {b, coupled ? b : L::load(decay[t] + i), mode == Mode::affine ? L::load(write[t] + i) : b};
-  }
-
-  template <Mode mode, bool coupled>
-  void combine_gates() {
-    const L one = L::splat(T(1));
-    T *keep = this->keep, *erase = this->erase, *value = this->value;
-    for (int t = 0, end = n; t < end; ++t)
-      for (int i = 0; i < width(); i += W) {
-        const Raw x = raw<mode, coupled>(t, i);
-        const Gates<L> g = gates(mode, coupled, one, x.beta, x.decay, x.write);
-        g.keep.store(keep + t * width() + i);
-        g.erase.store(erase + t * width() + i);
-        (g.write * L::load(v[t] + i)).store(value + t * width() + i);
-      }
-  }
-
-  template <Mode mode, bool coupled>
-  void adjoint_of_gates(T* d_keep, T* d_erase, T* d_value, T* d_v) const {
-    const L one = L::splat(T(1));
-    for (int t = 0, end = n; t < end; ++t)
-      for (int i = 0; i < width(); i += W) {
-        const int at = t * width() + i;
-        const Raw x = raw<mode, coupled>(t, i);
-        const L d_write_v = L::load(d_value + at);
-        const Gates<L> d{L::load(d_keep + at), L::load(d_erase + at), d_write_v * L::load(v[t] + i)};
-        const GateGradients<L> g = gates_adjoint(mode, coupled, one, x.beta, x.decay, d);
-        g.beta.store(d_erase + at), g.decay.store(d_keep + at), g.write.store(d_value + at);
-        (d_write_v * gates(mode, coupled, one, x.beta, x.decay, x.write).write).store(d_v + at);
-      }
   }
 };
 

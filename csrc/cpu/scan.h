@@ -76,19 +76,18 @@ struct Scan {
     }
 
     // The chunk's tokens into the rows of block i. `before(t, S k)` sees the state that token t finds.
-    template <class F>
+    template <Mode mode, bool coupled, class F>
     DELTAMEM_INLINE void write_tokens(L* S, int i, F&& before) const {
       const auto& c = chunk;
       L held = dot(S, X{c.k[0]}, c.R);
       for (int t = 0; t < c.n; ++t) {
-        const int at = t * c.width() + i;
         before(t, held);
-        const L keep = L::load(c.keep + at);
-        const L change = change_by(L::load(c.erase + at), held, L::load(c.value + at));
+        const auto token = c.template token<mode, coupled>(t, i);
+        const L change = change_by(token.erase, held, token.value);
         // The last token has no next key: any will do, its overlap is 0 and nothing asks for the result.
         const L ahead = dot(S, X{c.k[t + 1 < c.n ? t + 1 : t]}, c.R);
-        held = held_next(keep, ahead, change, c.overlap_at(t));
-        write_token(S, X{c.k[t]}, keep, change, c.R);
+        held = held_next(token.keep, ahead, change, c.overlap_at(t));
+        write_token(S, X{c.k[t]}, token.keep, change, c.R);
       }
     }
   };
@@ -108,7 +107,11 @@ struct Scan {
           store_state<W>(S, i * chunk.R, chunk.R, contiguous_states(p, out.checkpoints), s[i].checkpoint(p, first),
                          s[i].h);
         chunk.load(s, first);
-        for (int i = 0; i < chunk.width(); i += W) scan(i);
+        const bool in_place = chunk.in_place(out.reads);
+        T* to = in_place ? chunk.span[0].template begin<T>(out.reads) : reads;
+        const ptrdiff_t stride = in_place ? out.reads.stride[1] : chunk.width();
+        with_mode(p, [&](auto mode, auto coupled) { scan<mode(), coupled()>(to, stride); });
+        if (in_place) continue;
         chunk.leave_out(T(0), reads);
         for (int i = 0; i < P; ++i) unstage(out.reads, chunk.span[i], chunk.R, reads + i * chunk.R, chunk.width());
       }
@@ -116,30 +119,37 @@ struct Scan {
         store_state<W>(S, i * chunk.R, chunk.R, contiguous_states(p, out.final_state), s[i].n, s[i].h);
     }
 
-    void scan(int i) {
+    template <Mode mode, bool coupled>
+    void scan(T* reads, ptrdiff_t stride) {
       const auto& c = chunk;
-      Block S(this->S + i * c.R, c.R);
-      this->write_tokens(*S, i, [&](int t, L) { dot(*S, X{c.q[t]}, c.R).store(reads + t * c.width() + i); });
-      S.put_back(c.R);
+      for (int i = 0; i < c.width(); i += W) {
+        Block S(this->S + i * c.R, c.R);
+        this->template write_tokens<mode, coupled>(*S, i, [&](int t, L) { dot(*S, X{c.q[t]}, c.R).store(reads + t * stride + i); });
+        S.put_back(c.R);
+      }
     }
   };
 
   struct Backward : Heads {
     using Heads::chunk, Heads::p, Heads::s, Heads::S;
     const BackwardOutput& out;
-    T *G, *history, *held;                                // [blocks, R, W], [kChunk, R, W], [kChunk, W]
-    T *d_reads, *d_q, *d_k, *d_keep, *d_erase, *d_value;  // [kChunk, width]
+    T *G, *history, *held;  // [blocks, R, W], [kChunk, R, W], [kChunk, W]
+    T *d_reads, *buffers[6];  // [kChunk, width]
+    struct Rows {
+      T* data;
+      ptrdiff_t stride;
+    } d_q, d_k, d_v, d_beta, d_decay, d_write;  // where they belong if they can be written there, or in a buffer
 
     static size_t bytes(const Problem& p) {
       return Heads::bytes(p) + Arena::piece<T>(p.R * padded(p)) + Arena::piece<T>(kChunk * p.R * W) +
-             Arena::piece<T>(kChunk * W) + 6 * Arena::piece<T>(kChunk * padded(p));
+             Arena::piece<T>(kChunk * W) + 7 * Arena::piece<T>(kChunk * padded(p));
     }
     Backward(const Problem& p, const BackwardOutput& out, const Sequence* tasks, Arena& arena)
         : Heads(p, tasks, arena), out(out) {
       G = arena.take<T>(chunk.R * chunk.width());
       history = arena.take<T>(kChunk * chunk.R * W), held = arena.take<T>(kChunk * W);
-      for (T** piece : {&d_reads, &d_q, &d_k, &d_keep, &d_erase, &d_value})
-        *piece = arena.take<T>(kChunk * chunk.width());
+      d_reads = arena.take<T>(kChunk * chunk.width());
+      for (T*& piece : buffers) piece = arena.take<T>(kChunk * chunk.width());
     }
 
     void run(const Operand& grad_reads, const Operand& grad_final, const void* checkpoints) {
@@ -155,7 +165,13 @@ struct Scan {
         else
           fill(d_reads, kChunk * chunk.width(), T(0));
         chunk.leave_out(T(0), d_reads);
-        for (int i = 0; i < chunk.width(); i += W) replay(i), scan(i);
+        choose_rows();
+        with_mode(p, [&](auto mode, auto coupled) {
+          for (int i = 0; i < chunk.width(); i += W) {
+            replay<mode(), coupled()>(i);
+            scan<mode(), coupled()>(i);
+          }
+        });
         write_out();
       }
       for (int i = 0; out.initial_state.data && i < P; ++i)
@@ -163,16 +179,18 @@ struct Scan {
     }
 
     // The states before each token of the chunk, for the rows of block i.
+    template <Mode mode, bool coupled>
     void replay(int i) {
       const auto& c = chunk;
       Block S(this->S + i * c.R, c.R);
-      this->write_tokens(*S, i, [&](int t, L held_by_state) {
+      this->template write_tokens<mode, coupled>(*S, i, [&](int t, L held_by_state) {
         L* before = reinterpret_cast<L*>(history) + t * c.R;
         for (int j = 0; j < c.R; ++j) before[j] = (*S)[j];
         held_by_state.store(held + t * W);
       });
     }
 
+    template <Mode mode, bool coupled>
     void scan(int i) {
       const auto& c = chunk;
       Block G(this->G + i * c.R, c.R);
@@ -180,14 +198,18 @@ struct Scan {
       L q_share[most], k_share[most];
       for (int j = c.R; j < most; ++j) q_share[j] = k_share[j] = L{};
       for (int t = c.n - 1; t >= 0; --t) {
-        const int at = t * c.width() + i;
         const L* before = reinterpret_cast<const L*>(history) + t * c.R;
-        const TokenGradients<L> d = token_adjoint(
-            *G, before, X{c.q[t]}, X{c.k[t]}, L::load(c.keep + at), L::load(c.erase + at), L::load(c.value + at),
-            L::load(held + t * W), L::load(d_reads + at), q_share, k_share, c.R);
-        d.keep.store(d_keep + at), d.erase.store(d_erase + at), d.value.store(d_value + at);
-        if (out.q.data) add_rows(q_share, d_q + t * c.width(), i > 0);
-        if (out.k.data) add_rows(k_share, d_k + t * c.width(), i > 0);
+        const auto token = c.template token<mode, coupled>(t, i);
+        const TokenGradients<L> d =
+            token_adjoint(*G, before, X{c.q[t]}, X{c.k[t]}, token.keep, token.erase, token.value,
+                          L::load(held + t * W), L::load(d_reads + t * c.width() + i), q_share, k_share, c.R);
+        const auto of = c.template adjoint<mode, coupled>(t, i, d);
+        of.v.store(d_v.data + t * d_v.stride + i);
+        of.beta.store(d_beta.data + t * d_beta.stride + i);
+        if (!coupled) of.decay.store(d_decay.data + t * d_decay.stride + i);
+        if (mode == Mode::affine) of.write.store(d_write.data + t * d_write.stride + i);
+        if (out.q.data) add_rows(q_share, d_q.data + t * d_q.stride, i > 0);
+        if (out.k.data) add_rows(k_share, d_k.data + t * d_k.stride, i > 0);
       }
       G.put_back(c.R);
     }
@@ -201,32 +223,43 @@ struct Scan {
       }
     }
 
-    // From the gradients of keep, erase and value to those of the operands, and out. What v gets overwrites d_reads,
-    // which this chunk is done with.
+    template <class F>
+    void for_each_gradient(F&& f) {
+      f(d_q, buffers[0], out.q, false), f(d_k, buffers[1], out.k, false), f(d_v, buffers[2], out.v, false);
+      f(d_beta, buffers[3], out.beta, out.beta_per_head);
+      f(d_decay, buffers[4], out.decay, out.decay_per_head);
+      f(d_write, buffers[5], out.write, out.write_per_head);
+    }
+
+    // Between the rows of other heads many streams of stores, often a multiple of 4 KiB apart, would fight for the
+    // same few lines of the cache: such gradients go by way of a buffer.
+    void choose_rows() {
+      for_each_gradient([&](Rows& rows, T* buffer, const Operand& x, bool per_head) {
+        const bool in_place = x.data && !per_head && x.stride[1] == chunk.width() && chunk.in_place(x);
+        rows = in_place ? Rows{chunk.span[0].template begin<T>(x), ptrdiff_t(x.stride[1])} : Rows{buffer, chunk.width()};
+      });
+    }
+
     void write_out() {
-      chunk.adjoint_of_gates(d_keep, d_erase, d_value, d_reads);
-      for (T* x : {d_q, d_k, d_reads, d_keep, d_erase, d_value}) chunk.leave_out(T(0), x);
-      auto put = [&](const Operand& x, const T* rows, bool per_head = false) {
-        for (int i = 0; x.data && i < P; ++i)
-          unstage(x, chunk.span[i], chunk.R, rows + i * chunk.R, chunk.width(), per_head);
-      };
-      put(out.q, d_q), put(out.k, d_k), put(out.v, d_reads);
-      put(out.beta, d_erase, out.beta_per_head);
-      put(out.decay, d_keep, out.decay_per_head);
-      put(out.write, d_value, out.write_per_head);
+      for_each_gradient([&](Rows& rows, T* buffer, const Operand& x, bool per_head) {
+        if (!x.data || rows.data != buffer) return;
+        chunk.leave_out(T(0), buffer);
+        for (int i = 0; i < P; ++i)
+          unstage(x, chunk.span[i], chunk.R, buffer + i * chunk.R, chunk.width(), per_head);
+      });
     }
   };
 
   static size_t padded(const Problem& p) { return Chunk<T, W, Rank, P>::padded(p.R); }
 
-  // Runs the task, or P of them where as many of one length follow; returns how many.
+  // Runs the task, or P of them where as many heads of its sequence follow; returns how many.
   template <class Direction, class Run, class... Arguments>
   static int run(const Problem& p, int64_t task, int64_t end, Run&& run, const Arguments&... arguments) {
     Sequence tasks[P];
     if (task + P > end) return 0;
     for (int i = 0; i < P; ++i) {
       tasks[i] = Sequence(p, task + i);
-      if (tasks[i].length != tasks[0].length) return 0;
+      if (tasks[i].n != tasks[0].n) return 0;  // to bring sequences side by side costs more than it saves
     }
     thread_local Arena arena;
     arena.reset(Direction::bytes(p));

@@ -27,7 +27,9 @@ struct StepScan : Scan<T, W, Rank> {
       const int64_t rows = end - first < group ? end - first : group;
       for (int64_t h = 0; h < p.H; ++h) {
         stage_rows(staged, first, rows, h);
-        for (int64_t n = 0; n < rows; ++n) row(staged, s, first + n, h, n * p.T, S, reads);
+        with_mode(p, [&](auto mode, auto coupled) {
+          for (int64_t n = 0; n < rows; ++n) row<mode(), coupled()>(staged, s, first + n, h, n * p.T, S, reads);
+        });
         for_each_token(p.T, first, rows, h, s.reads, [&](const Operand& x, Span span, int64_t t) {
           unstage(x, span, staged.R, reads + t * width, int(p.T * width));
         });
@@ -56,18 +58,20 @@ struct StepScan : Scan<T, W, Rank> {
   }
 
   // The usual row: one token, a float32 state that fits a block, never outside of registers.
+  template <Mode mode, bool coupled>
   DELTAMEM_INLINE static void one_token(const Staged& c, const Step& s, int64_t n, int64_t h, int64_t at, T* reads) {
     T* pool = static_cast<T*>(s.state.data) + h * s.state.stride[1];
     L S[W];
     load_square<W>(pool + s.from[n] * s.state.stride[0], s.state.stride[2], S);
-    const int64_t here = at * W;
-    dot(S, X{c.q[at]}, c.R).store(reads + here);
+    dot(S, X{c.q[at]}, c.R).store(reads + at * W);
     const L held = dot(S, X{c.k[at]}, c.R);
-    write_token(S, X{c.k[at]}, L::load(c.keep + here), change_by(L::load(c.erase + here), held, L::load(c.value + here)), c.R);
+    const auto token = c.template token<mode, coupled>(at, 0);
+    write_token(S, X{c.k[at]}, token.keep, change_by(token.erase, held, token.value), c.R);
     if (s.to[n] != kNoSlot) store_square<W>(S, pool + s.to[n] * s.state.stride[0], s.state.stride[2]);
   }
 
   // The tokens of row n, staged from `at` on.
+  template <Mode mode, bool coupled>
   static void row(const Staged& c, const Step& s, int64_t n, int64_t h, int64_t at, T* memory, T* reads) {
     const int64_t tokens = c.p.T;
     const int width = c.width();
@@ -82,17 +86,16 @@ struct StepScan : Scan<T, W, Rank> {
     if (width != c.R) fill(memory, c.R * width, T(0));  // the lanes beyond the rank
     if constexpr (Base::kKnownRank) {
       if (W == c.R && tokens == 1 && s.state.dtype == kDType<T> && s.state.stride[3] == 1 && !intermediate.data)
-        return one_token(c, s, n, h, at, reads);
+        return one_token<mode, coupled>(c, s, n, h, at, reads);
     }
     load_state<W>(s.state, s.from[n], h, c.R, memory, 0);
     for (int64_t t = 0; t < tokens; ++t) {
       for (int i = 0; i < width; i += W) {
         Block S(memory + i * c.R, c.R);
-        const int64_t here = (at + t) * width + i;
-        dot(*S, X{c.q[at + t]}, c.R).store(reads + here);
+        dot(*S, X{c.q[at + t]}, c.R).store(reads + (at + t) * width + i);
         const L held = dot(*S, X{c.k[at + t]}, c.R);
-        const L change = change_by(L::load(c.erase + here), held, L::load(c.value + here));
-        write_token(*S, X{c.k[at + t]}, L::load(c.keep + here), change, c.R);
+        const auto token = c.template token<mode, coupled>(at + t, i);
+        write_token(*S, X{c.k[at + t]}, token.keep, change_by(token.erase, held, token.value), c.R);
         S.put_back(c.R);
       }
       if (s.to[n * tokens + t] != kNoSlot) store_state<W>(memory, 0, c.R, s.state, s.to[n * tokens + t], h);

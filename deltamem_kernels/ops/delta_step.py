@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backends import choose
 from ._checks import (
+    FLOATS,
     INDICES,
     MAX_RANK,
     check_backend,
@@ -83,31 +84,25 @@ def delta_step(
 
 def _check(state, q, k, v, beta, decay, mode, state_indices, num_accepted_tokens, intermediate_states, out) -> None:
     check_float("q", q, "[N, H, R] or [N, T, H, R]")
-    shape = q.shape
+    shape, device = q.shape, q.device
     if len(shape) not in (3, 4):
         fail(ValueError, "q", "[N, H, R] or [N, T, H, R]", q)
-    device, rank, heads = q.device, shape[-1], shape[-2]
+    heads, rank = shape[-2:]
     if not 1 <= rank <= MAX_RANK:
         fail(ValueError, "q", f"of rank R from 1 to {MAX_RANK} in its last dimension", q)
     for name, x in (("k", k), ("v", v), ("out", out)):
-        if x is None and name == "out":
-            continue
-        check_float(name, x, "of q's shape")
-        if x.shape != shape:
-            check_shape(name, x, (tuple(shape),), "of q's shape")
-        if x.device != device:
-            check_device(name, x, device)
+        if not (isinstance(x, Tensor) and x.dtype in FLOATS and x.shape == shape and x.device == device):
+            if x is None and name == "out":
+                continue
+            _refuse(name, x, (tuple(shape),), "of q's shape", device)
     check_mode(mode)
     if mode == "no_lambda" and decay is not None:
         fail(ValueError, "decay", "None in mode 'no_lambda', which keeps everything (λ = 1)", decay)
     for name, x in (("beta", beta), ("decay", decay)):
-        if x is None and name == "decay":
-            continue
-        check_float(name, x, "[N, (T,) H, R] or [N, (T,) H]")
-        if x.shape != shape:
-            check_shape(name, x, (tuple(shape), tuple(shape[:-1])), "[N, (T,) H, R] or [N, (T,) H]")
-        if x.device != device:
-            check_device(name, x, device)
+        if not (isinstance(x, Tensor) and x.dtype in FLOATS and x.shape == shape and x.device == device):
+            if x is None and name == "decay":
+                continue
+            _refuse(name, x, (tuple(shape), tuple(shape[:-1])), "[N, (T,) H, R] or [N, (T,) H]", device)
     check_float("state", state, "[slots, H, R, R]")
     if state.ndim != 4 or state.shape[1:] != (heads, rank, rank):
         fail(ValueError, "state", f"[slots, H, R, R] = [slots, {heads}, {rank}, {rank}]", state)
@@ -119,10 +114,20 @@ def _check(state, q, k, v, beta, decay, mode, state_indices, num_accepted_tokens
         raise ValueError("delta_step has no gradient: call it under torch.no_grad(), or delta_update for training")
     _check_slots(shape, device, state, state_indices, num_accepted_tokens)
     if intermediate_states is not None:
-        check_float("intermediate_states", intermediate_states, "[N, T, H, R, R]")
-        wanted = (*shape[:-2], heads, rank, rank)
-        check_shape("intermediate_states", intermediate_states, (wanted,), "[N, (T,) H, R, R]")
-        check_device("intermediate_states", intermediate_states, device)
+        _refuse(
+            "intermediate_states",
+            intermediate_states,
+            ((*shape[:-2], heads, rank, rank),),
+            "[N, (T,) H, R, R]",
+            device,
+        )
+
+
+def _refuse(name, x, shapes, wanted, device) -> None:
+    """Says what does not fit, if something does not: the usual operand was looked at in one expression before."""
+    check_float(name, x, wanted)
+    check_shape(name, x, shapes, wanted)
+    check_device(name, x, device)
 
 
 def _check_slots(shape, device, state, state_indices, num_accepted_tokens) -> None:
