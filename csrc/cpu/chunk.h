@@ -85,7 +85,8 @@ struct Chunk {
   Rank R;
   int n = 0;
   Span span[P];
-  Rows<T> q, k, v, beta, decay, write;
+  typedef deltamem::Rows<T, W, P> Rows;
+  Rows q, k, v, beta, decay, write;
   T* overlap;  // each key times the next, 0 behind the last: see overlap_at
 
   static constexpr int padded(int64_t R) { return P == 1 ? int((R + W - 1) / W * W) : W; }
@@ -102,19 +103,22 @@ struct Chunk {
     for (int i = 0; i < P; ++i) span[i] = s[i].chunk(first);
     n = span[0].n;
     load_rows([&](const Operand& x, T* buffer) {
-      return in_place(x) ? Rows<T>{span[0].template begin<T>(x), ptrdiff_t(x.stride[1])} : copied(x, buffer);
+      if (p.mask || width() != P * R || x.dtype != kDType<T> || x.stride[3] != 1) return copied(x, buffer);
+      Rows rows;
+      for (int i = 0; i < P; ++i) rows.data[i] = span[i].template begin<T>(x);
+      rows.stride = ptrdiff_t(x.stride[1]);
+      return rows;
     });
     if (p.mask)
       for (int i = 0; i < 6; ++i) leave_out(T(i == 4 ? 1 : 0), buffers_[i]);
     multiply_keys();
   }
 
-  // Whether the rows of all heads stand in x as they would be staged.
+  // Whether results can be written to x as whole vectors.
   bool in_place(const Operand& x) const {
     if (p.mask || width() != P * R || x.dtype != kDType<T> || x.stride[3] != 1) return false;
     for (int i = 1; i < P; ++i)
-      if (x.stride[2] != R || span[i].h != span[0].h + i || span[i].first != span[0].first || span[i].b != span[0].b)
-        return false;
+      if (span[i].template begin<T>(x) != span[0].template begin<T>(x) + i * R) return false;
     return true;
   }
 
@@ -127,9 +131,15 @@ struct Chunk {
     if (p.write.data) write = rows(p.write, buffers_[5]);
   }
 
-  Rows<T> copied(const Operand& x, T* buffer) const {
+  Rows copied(const Operand& x, T* buffer) const {
     for (int i = 0; i < P; ++i) stage(x, span[i], R, buffer + i * R, width(), P == 1 ? width() : int(R));
-    return {buffer, width()};
+    return staged_at(buffer);
+  }
+  Rows staged_at(const T* buffer) const {
+    Rows rows;
+    for (int i = 0; i < P; ++i) rows.data[i] = buffer + i * R;
+    rows.stride = width();
+    return rows;
   }
 
   // `value` into the rows of the tokens that the mask leaves out.
@@ -141,7 +151,10 @@ struct Chunk {
   }
 
   DELTAMEM_INLINE Vec<T, W> overlap_at(int t) const {
-    return Broadcast<T, W, P>{overlap + t / kGroup * W}[t % kGroup];
+    if constexpr (P == 1)
+      return L::splat(overlap[t]);
+    else
+      return Broadcast<T, W, P>{L::load(overlap + t / kGroup * W)}[t % kGroup];
   }
 
   // What token t does to the rows from i on, value = write v.
@@ -152,7 +165,7 @@ struct Chunk {
   DELTAMEM_INLINE Token token(int t, int i) const {
     const Raw x = raw<mode, coupled>(t, i);
     const Gates<L> g = gates(mode, coupled, L::splat(T(1)), x.beta, x.decay, x.write);
-    return {g.keep, g.erase, g.write * L::load(v[t] + i)};
+    return {g.keep, g.erase, g.write * v.load(t, i)};
   }
 
   // From the gradients of keep, erase and value to those of the operands.
@@ -163,7 +176,7 @@ struct Chunk {
   DELTAMEM_INLINE TokenAdjoint adjoint(int t, int i, TokenGradients<L> d) const {
     const L one = L::splat(T(1));
     const Raw x = raw<mode, coupled>(t, i);
-    const Gates<L> of_gates{d.keep, d.erase, d.value * L::load(v[t] + i)};
+    const Gates<L> of_gates{d.keep, d.erase, d.value * v.load(t, i)};
     const GateGradients<L> g = gates_adjoint(mode, coupled, one, x.beta, x.decay, of_gates);
     return {d.value * gates(mode, coupled, one, x.beta, x.decay, x.write).write, g.beta, g.decay, g.write};
   }
@@ -174,7 +187,7 @@ struct Chunk {
 
   DELTAMEM_INLINE L product_of_keys(int t) const {
     L product{};
-    for (int j = 0; j < width(); j += W) product = fma(L::load(k[t] + j), L::load(k[t + 1] + j), product);
+    for (int j = 0; j < width(); j += W) product = fma(k.load(t, j), k.load(t + 1, j), product);
     return product;
   }
 
@@ -194,8 +207,8 @@ struct Chunk {
   };
   template <Mode mode, bool coupled>
   DELTAMEM_INLINE Raw raw(int t, int i) const {
-    const L b = L::load(beta[t] + i);
-    return {b, coupled ? b : L::load(decay[t] + i), mode == Mode::affine ? L::load(write[t] + i) : b};
+    const L b = beta.load(t, i);
+    return {b, coupled ? b : decay.load(t, i), mode == Mode::affine ? write.load(t, i) : b};
   }
 };
 

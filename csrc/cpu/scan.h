@@ -14,7 +14,6 @@ constexpr int kMaxRank = 128;
 template <class T, int W, class Rank, int P = 1>
 struct Scan {
   typedef Vec<T, W> L;
-  typedef Broadcast<T, W, P> X;
   static constexpr bool kKnownRank = !std::is_same_v<Rank, int>;
 
   static constexpr int columns() {
@@ -79,15 +78,15 @@ struct Scan {
     template <Mode mode, bool coupled, class F>
     DELTAMEM_INLINE void write_tokens(L* S, int i, F&& before) const {
       const auto& c = chunk;
-      L held = dot(S, X{c.k[0]}, c.R);
+      L held = dot(S, c.k.columns(0), c.R);
       for (int t = 0; t < c.n; ++t) {
         before(t, held);
         const auto token = c.template token<mode, coupled>(t, i);
         const L change = change_by(token.erase, held, token.value);
         // The last token has no next key: any will do, its overlap is 0 and nothing asks for the result.
-        const L ahead = dot(S, X{c.k[t + 1 < c.n ? t + 1 : t]}, c.R);
+        const L ahead = dot(S, c.k.columns(t + 1 < c.n ? t + 1 : t), c.R);
         held = held_next(token.keep, ahead, change, c.overlap_at(t));
-        write_token(S, X{c.k[t]}, token.keep, change, c.R);
+        write_token(S, c.k.columns(t), token.keep, change, c.R);
       }
     }
   };
@@ -124,7 +123,7 @@ struct Scan {
       const auto& c = chunk;
       for (int i = 0; i < c.width(); i += W) {
         Block S(this->S + i * c.R, c.R);
-        this->template write_tokens<mode, coupled>(*S, i, [&](int t, L) { dot(*S, X{c.q[t]}, c.R).store(reads + t * stride + i); });
+        this->template write_tokens<mode, coupled>(*S, i, [&](int t, L) { dot(*S, c.q.columns(t), c.R).store(reads + t * stride + i); });
         S.put_back(c.R);
       }
     }
@@ -201,7 +200,7 @@ struct Scan {
         const L* before = reinterpret_cast<const L*>(history) + t * c.R;
         const auto token = c.template token<mode, coupled>(t, i);
         const TokenGradients<L> d =
-            token_adjoint(*G, before, X{c.q[t]}, X{c.k[t]}, token.keep, token.erase, token.value,
+            token_adjoint(*G, before, c.q.columns(t), c.k.columns(t), token.keep, token.erase, token.value,
                           L::load(held + t * W), L::load(d_reads + t * c.width() + i), q_share, k_share, c.R);
         const auto of = c.template adjoint<mode, coupled>(t, i, d);
         of.v.store(d_v.data + t * d_v.stride + i);
@@ -252,14 +251,14 @@ struct Scan {
 
   static size_t padded(const Problem& p) { return Chunk<T, W, Rank, P>::padded(p.R); }
 
-  // Runs the task, or P of them where as many heads of its sequence follow; returns how many.
+  // Runs the task, or P of them where as many of one length follow; returns how many.
   template <class Direction, class Run, class... Arguments>
   static int run(const Problem& p, int64_t task, int64_t end, Run&& run, const Arguments&... arguments) {
     Sequence tasks[P];
     if (task + P > end) return 0;
     for (int i = 0; i < P; ++i) {
       tasks[i] = Sequence(p, task + i);
-      if (tasks[i].n != tasks[0].n) return 0;  // to bring sequences side by side costs more than it saves
+      if (tasks[i].length != tasks[0].length) return 0;
     }
     thread_local Arena arena;
     arena.reset(Direction::bytes(p));

@@ -20,12 +20,19 @@ DELTAMEM_INLINE void with_dtype(DType dtype, F&& f) {
 template <class T>
 constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
-// Tokens of one sequence and head: row t begins at data + t * stride.
-template <class T>
+// Tokens of P heads: row t of each begins at its data + t * stride.
+template <class T, int W, int P>
 struct Rows {
-  const T* data;
+  const T* data[P];
   ptrdiff_t stride;
-  DELTAMEM_INLINE const T* operator[](int t) const { return data + t * stride; }
+
+  DELTAMEM_INLINE Vec<T, W> load(int t, int i) const { return load_pieces<W, P>(data, t * stride + i); }
+  DELTAMEM_INLINE Broadcast<T, W, P> columns(int t) const {
+    if constexpr (P == 1)
+      return {data[0] + t * stride};
+    else
+      return {load(t, 0)};
+  }
 };
 
 // n tokens of one head, from `first` on, counted from the start of row b of the batch.

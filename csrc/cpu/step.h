@@ -11,7 +11,6 @@ template <class T, int W, class Rank>
 struct StepScan : Scan<T, W, Rank> {
   typedef Scan<T, W, Rank> Base;
   typedef typename Base::L L;
-  typedef typename Base::X X;
   typedef typename Base::Block Block;
   typedef Chunk<T, W, Rank, 1> Staged;
 
@@ -49,11 +48,11 @@ struct StepScan : Scan<T, W, Rank> {
     staged.n = int(rows * staged.p.T);
     staged.load_rows([&](const Operand& x, T* buffer) {
       if (staged.p.T == 1 && width == staged.R && x.dtype == kDType<T> && x.stride[3] == 1)
-        return Rows<T>{Span{first, 0, h, 1}.template begin<T>(x), ptrdiff_t(x.stride[0])};
+        return typename Staged::Rows{{Span{first, 0, h, 1}.template begin<T>(x)}, ptrdiff_t(x.stride[0])};
       for_each_token(staged.p.T, first, rows, h, x, [&](const Operand& by_row, Span span, int64_t t) {
         stage(by_row, span, staged.R, buffer + t * width, stride, width);
       });
-      return Rows<T>{buffer, width};
+      return staged.staged_at(buffer);
     });
   }
 
@@ -63,10 +62,10 @@ struct StepScan : Scan<T, W, Rank> {
     T* pool = static_cast<T*>(s.state.data) + h * s.state.stride[1];
     L S[W];
     load_square<W>(pool + s.from[n] * s.state.stride[0], s.state.stride[2], S);
-    dot(S, X{c.q[at]}, c.R).store(reads + at * W);
-    const L held = dot(S, X{c.k[at]}, c.R);
+    dot(S, c.q.columns(int(at)), c.R).store(reads + at * W);
+    const L held = dot(S, c.k.columns(int(at)), c.R);
     const auto token = c.template token<mode, coupled>(at, 0);
-    write_token(S, X{c.k[at]}, token.keep, change_by(token.erase, held, token.value), c.R);
+    write_token(S, c.k.columns(int(at)), token.keep, change_by(token.erase, held, token.value), c.R);
     if (s.to[n] != kNoSlot) store_square<W>(S, pool + s.to[n] * s.state.stride[0], s.state.stride[2]);
   }
 
@@ -92,10 +91,10 @@ struct StepScan : Scan<T, W, Rank> {
     for (int64_t t = 0; t < tokens; ++t) {
       for (int i = 0; i < width; i += W) {
         Block S(memory + i * c.R, c.R);
-        dot(*S, X{c.q[at + t]}, c.R).store(reads + (at + t) * width + i);
-        const L held = dot(*S, X{c.k[at + t]}, c.R);
+        dot(*S, c.q.columns(int(at + t)), c.R).store(reads + (at + t) * width + i);
+        const L held = dot(*S, c.k.columns(int(at + t)), c.R);
         const auto token = c.template token<mode, coupled>(at + t, i);
-        write_token(*S, X{c.k[at + t]}, token.keep, change_by(token.erase, held, token.value), c.R);
+        write_token(*S, c.k.columns(int(at + t)), token.keep, change_by(token.erase, held, token.value), c.R);
         S.put_back(c.R);
       }
       if (s.to[n * tokens + t] != kNoSlot) store_state<W>(memory, 0, c.R, s.state, s.to[n * tokens + t], h);

@@ -70,29 +70,58 @@ DELTAMEM_INLINE Vec<T, W> fnma(Vec<T, W> a, Vec<T, W> b, Vec<T, W> c) {
   return fma(Vec<T, W>{-a.x}, b, c);
 }
 
-// Column j of a token's query or key: the same number for every row. With P heads side by side in a vector, each has
-// a row of its own there, R = W / P numbers, and column j is the j-th of each, R times over.
+// Two vectors as one, `low` first. Only where vectors are wide enough to hold several heads.
+template <class T, int W>
+DELTAMEM_INLINE Vec<T, 2 * W> join(Vec<T, W> low, Vec<T, W> high) {
+  Vec<T, 2 * W> both{};
+#if defined(__x86_64__) && DELTAMEM_VECTOR_BYTES >= 32
+  if constexpr (W == 4) both.x = typename Vec<T, 2 * W>::Native(_mm256_set_m128(__m128(high.x), __m128(low.x)));
+#endif
+#if defined(__x86_64__) && DELTAMEM_VECTOR_BYTES >= 64
+  if constexpr (W == 8)
+    both.x = typename Vec<T, 2 * W>::Native(
+        _mm512_insertf32x8(_mm512_castps256_ps512(__m256(low.x)), __m256(high.x), 1));
+#endif
+  return both;
+}
+
+// W / P numbers from each of P places, side by side.
+template <int W, int P, class T>
+DELTAMEM_INLINE Vec<T, W> load_pieces(const T* const* from, ptrdiff_t offset) {
+  if constexpr (P == 1)
+    return Vec<T, W>::load(from[0] + offset);
+  else
+    return join(load_pieces<W / 2, P / 2>(from, offset), load_pieces<W / 2, P / 2>(from + P / 2, offset));
+}
+
+// Columns of a token's query or key: number j is the same for every row. With P heads side by side in a vector, each
+// has a row of its own there, R = W / P numbers, and column j is the j-th of each, R times over.
 template <class T, int W, int P>
 struct Broadcast {
-  const T* p;
+  Vec<T, W> row;
   DELTAMEM_INLINE Vec<T, W> operator[](int j) const {
-    if constexpr (P == 1) return Vec<T, W>::splat(p[j]);
 #if defined(__x86_64__) && DELTAMEM_VECTOR_BYTES >= 32
-    if constexpr (P > 1 && W * sizeof(T) == 32) {
+    if constexpr (W * sizeof(T) == 32) {
       const __m256i first = _mm256_andnot_si256(_mm256_set1_epi32(W / P - 1), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
       return {typename Vec<T, W>::Native(
-          _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_add_epi32(first, _mm256_set1_epi32(j))))};
+          _mm256_permutevar8x32_ps(__m256(row.x), _mm256_add_epi32(first, _mm256_set1_epi32(j))))};
     }
 #endif
 #if defined(__x86_64__) && DELTAMEM_VECTOR_BYTES >= 64
-    if constexpr (P > 1 && W * sizeof(T) == 64) {
+    if constexpr (W * sizeof(T) == 64) {
       const __m512i all = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
       const __m512i first = _mm512_andnot_si512(_mm512_set1_epi32(W / P - 1), all);
       return {typename Vec<T, W>::Native(
-          _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(j)), _mm512_loadu_ps(p)))};
+          _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(j)), __m512(row.x)))};
     }
 #endif
+    return row;
   }
+};
+template <class T, int W>
+struct Broadcast<T, W, 1> {
+  const T* p;
+  DELTAMEM_INLINE Vec<T, W> operator[](int j) const { return Vec<T, W>::splat(p[j]); }
 };
 
 // Numbers Index of a (from 0) and b (from W).
