@@ -75,9 +75,12 @@ def _named(name: str, device: torch.device, origin: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"{origin} must be one of {', '.join(NAMES)}, got {name!r}")
     reason = unavailable_reason(name, device)
-    if reason is not None:
-        raise BackendUnavailableError(f"{origin} {name!r} cannot run on {device}: {reason}")
-    return _module(name)
+    try:
+        if reason is None:
+            return _module(name)
+    except extension.BuildError as error:
+        reason = str(error)
+    raise BackendUnavailableError(f"{origin} {name!r} cannot run on {device}: {reason}")
 
 
 def _best(device: torch.device) -> ModuleType:

@@ -55,7 +55,7 @@ def built_ahead(name: str) -> Path:
 def built_for_another() -> str | None:
     """The torch release of a library that was built ahead, but not for the torch and the sources here."""
     for path in sorted(_PACKAGE.glob("_cpu_torch_*")):
-        return path.name.removeprefix("_cpu_torch_").rsplit("_", 1)[0].replace("_", ".")
+        return path.name.split(".")[0].removeprefix("_cpu_torch_").rsplit("_", 1)[0].replace("_", ".")
     return None
 
 

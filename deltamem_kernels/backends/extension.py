@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch._appdirs import user_cache_dir  # torch.utils.cpp_extension, which knows it too, needs setuptools
 
 from . import build
 
@@ -80,9 +81,7 @@ def _library() -> ModuleType:
 
 
 def _cached(name: str) -> Path:
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache_dir(appname="torch_extensions")
     return Path(root) / "deltamem_kernels" / (name + sysconfig.get_config_var("EXT_SUFFIX"))
 
 
@@ -90,8 +89,8 @@ def _load(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
         raise BuildError(f"{path.name} does not load: {error}; remove it and it is built anew") from error
@@ -101,8 +100,6 @@ def _load(name: str, path: Path) -> ModuleType:
 def _compile(name: str) -> Path:
     """Compiles beside the cache and moves the result there in one step: a process that is killed leaves no lock and
     no half a library, and two that compile at once both end with a whole one."""
-    from torch.utils import cpp_extension
-
     target = _cached(name)
     other = build.built_for_another()
     why = f" (the installed library is for torch {other})" if other else ""
@@ -110,6 +107,10 @@ def _compile(name: str) -> Path:
     scripts = sysconfig.get_path("scripts")  # where pip puts ninja, also when the environment is not activated
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])
     try:
+        from torch.utils import cpp_extension
+
+        # After a failure torch would give the library another name.
+        cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             cpp_extension.load(
@@ -123,6 +124,6 @@ def _compile(name: str) -> Path:
                 verbose=False,
             )
             os.replace(Path(folder) / f"{name}.so", target)
-    except (OSError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever a compiler, ninja or torch's build machinery can come up with
         raise BuildError(f"compiling it failed: {error}") from error
     return target

@@ -1,0 +1,111 @@
+"""`python -m benchmarks`: checks every implementation, times those that are right, prints, plots and saves."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import machine, measure, report
+from .progress import Progress
+from .registry import Operation, Shape, load_operations
+from .runner import Settings, run_case
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def parse(arguments: Sequence[str], operation_names: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    add("--op", nargs="+", metavar="NAME", help=f"only these, or parts of names: {', '.join(operation_names)}")
+    add("--impl", nargs="+", metavar="NAME", help="only these implementations, or parts of names")
+    add("--input", choices=("random", "smollm2"), default="random", help="smollm2: from a dialogue inside a real model")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--mode", choices=("standard", "lambda_outside", "no_lambda"), default="standard")
+    add("--gates", choices=("row", "head"), default="row", help="a gate for each state row, or one a head")
+    add("--rank", type=int, default=8)
+    add("--heads", type=int, default=1)
+    add("--batch", type=int, default=1)
+    add("--tokens", type=int, nargs="+", help="sequence lengths (default: 128 1024 8192)")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=int, default=os.cpu_count(), help="CPU: the better of one thread and this many counts")
+    add("--seconds", type=float, help="time for each implementation and shape (default: 2)")
+    add("--quick", action="store_true", help="a look: T=128, 0.1 s each, without what takes long to start")
+    add("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE-INPUT-DTYPE.json")
+    add("--plot", type=Path, metavar="FILE", help="default: beside the JSON file, .png")
+    options = parser.parse_args(arguments)
+    options.tokens = options.tokens or ([128] if options.quick else [128, 1024, 8192])
+    options.seconds = options.seconds or (0.1 if options.quick else 2.0)
+    options.json = options.json or RESULTS / f"{options.device}-{options.input}-{options.dtype}.json"
+    options.plot = options.plot or options.json.with_suffix(".png")
+    if min(options.tokens) < 1 or min(options.rank, options.heads, options.batch, options.threads) < 1:
+        parser.error("sizes and threads must be at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    return options
+
+
+def chosen(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """The names that contain one of the parts; a part that is a whole name means that one alone."""
+    if parts is None:
+        return list(names)
+    return [name for name in names if any(part == name or (part in name and part not in names) for part in parts)]
+
+
+def main(arguments: Sequence[str] | None = None, operations: Sequence[Operation] | None = None) -> int:
+    """The exit status: 0, or 1 where an implementation is wrong or failed."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    operations = load_operations() if operations is None else operations
+    options = parse(arguments, [operation.name for operation in operations])
+    selected = chosen(options.op, [operation.name for operation in operations])
+    operations = [operation for operation in operations if operation.name in selected]
+    implementations = {}
+    for operation in operations:
+        names = chosen(options.impl, [each.name for each in operation.implementations])
+        implementations[operation.name] = [each for each in operation.implementations if each.name in names]
+    total = 2 * len(options.tokens) * sum(map(len, implementations.values()))
+    if not total:
+        raise SystemExit("nothing to do: no operation or no implementation has such a name")
+
+    torch.set_num_threads(options.threads)
+    bandwidth = measure.copy_bandwidth(options.device)
+    settings = Settings(options.seconds, sorted({1, options.threads}), bandwidth, options.quick)
+    rows = []
+    with Progress(total) as progress:
+        for operation in operations:
+            for tokens in options.tokens:
+                shape = Shape(
+                    tokens,
+                    options.batch,
+                    options.heads,
+                    options.rank,
+                    getattr(torch, options.dtype),
+                    options.device,
+                    options.mode,
+                    options.gates,
+                    options.input,
+                )
+                rows += run_case(operation, implementations[operation.name], shape, settings, progress)
+
+    header = machine.header(arguments, options.device, options.threads, bandwidth)
+    print(f"{header['device']}, {header['cores']} cores, copy {header['copy_bandwidth_gb_s']} GB/s", end="")
+    print(f"; torch {header['torch']}, Python {header['python']}, {header['os']}")
+    print(report.table(rows))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(report.as_json(header, rows))
+    print(f"\nwritten: {options.json}", end="")
+    try:
+        report.plot(header, rows, options.plot)
+        print(f", {options.plot}")
+    except ImportError:
+        print("; no plot: matplotlib is not installed")
+    return int(any(row.status in ("WRONG", "failed") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Time, memory and bandwidth of calls that take from microseconds to seconds, on a CPU or a CUDA device."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+SAMPLE_SECONDS = 2e-4  # a shorter call is repeated within one sample, for the clock's sake
+GRAPH_BELOW_SECONDS = 1e-4  # launching such a call from Python takes longer than running it
+MORE_THREADS_BELOW = 0.9  # of the time with fewer threads: less of a gain is noise
+SLICES = 10
+LEAST_SAMPLES = 3
+MOST_COPIES = 512
+
+
+class CpuStopwatch:
+    """Samples one call on a CPU with the number of threads, of those allowed, that serves it best."""
+
+    def __init__(self, call: Call, thread_choices: Sequence[int]) -> None:
+        self.call = call
+        self.samples: list[float] = []
+        self.estimate = math.inf
+        for threads in sorted(thread_choices):
+            seconds, calls = self._try(threads)
+            if seconds < MORE_THREADS_BELOW * self.estimate:
+                self.estimate, self.calls_a_sample, self.threads = seconds, calls, threads
+        self.method = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+
+    def _try(self, threads: int) -> tuple[float, int]:
+        torch.set_num_threads(threads)
+        seconds = self._time(1)
+        if seconds > 0.2:
+            return seconds, 1
+        calls = max(1, math.ceil(SAMPLE_SECONDS / self._time(3)))
+        return min(self._time(calls) for _ in range(10)), calls
+
+    def _time(self, calls: int) -> float:
+        started = time.perf_counter()
+        for _ in range(calls):
+            self.call()
+        return (time.perf_counter() - started) / calls
+
+    def start(self) -> None:
+        torch.set_num_threads(self.threads)
+        if self.estimate < 0.05:
+            self.call()  # wakes the threads and fills the caches that another variant has emptied
+
+    def sample(self) -> None:
+        self.samples.append(self._time(self.calls_a_sample))
+
+
+class CudaStopwatch:
+    """Samples calls on a CUDA device, between events. `calls` do the same with copies of the inputs, so many that
+    none is still in the L2 cache at its next turn. Short calls are replayed from a CUDA graph."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.samples: list[float] = []
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # a graph may only be captured of what has run aside before
+            for _ in range(3):
+                calls[0]()
+        torch.cuda.current_stream().wait_stream(side_stream)
+        rotating = itertools.cycle(calls)
+        self._run, self._calls, self.method = lambda: next(rotating)(), 1, "events"
+        seconds = min(self._time() for _ in range(3))
+        if seconds < GRAPH_BELOW_SECONDS:
+            self._capture(calls)
+        elif seconds < 1e-2:
+            self._calls = min(len(calls), math.ceil(1e-2 / seconds))
+            self._run = lambda: [next(rotating)() for _ in range(self._calls)]
+
+    def _capture(self, calls: Sequence[Call]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+        except RuntimeError as error:
+            self.method = f"events, no CUDA graph: {str(error).splitlines()[0]}"
+            return
+        self._run, self._calls, self.method = graph.replay, len(calls), "CUDA graph"
+
+    def _time(self) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self._run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / self._calls
+
+    def start(self) -> None:
+        self._run()
+
+    def sample(self) -> None:
+        self.samples.append(self._time())
+
+
+def copies_past_cache(input_bytes: int, device: str) -> int:
+    """How many copies of the inputs a stopwatch should rotate through. On a CPU one: there the operands of a layer
+    are still in the cache when the next operation reads them."""
+    if device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(MOST_COPIES, 1 + math.ceil(2 * cache / max(1, input_bytes)))
+
+
+def round_robin(
+    stopwatches: Sequence[CpuStopwatch | CudaStopwatch], seconds: float, progress: Callable[[float], None]
+) -> None:
+    """Gives each stopwatch `seconds`, in slices that take turns: a slow minute of the machine is shared by all."""
+    spent = [0.0] * len(stopwatches)
+    waiting = list(range(len(stopwatches)))
+    with _no_garbage_collection():
+        while waiting:
+            for i in list(waiting):
+                gc.collect()
+                stopwatches[i].start()
+                began, elapsed = time.perf_counter(), 0.0
+                while elapsed < seconds / SLICES:
+                    stopwatches[i].sample()
+                    elapsed = time.perf_counter() - began
+                spent[i] += elapsed
+                progress(elapsed / seconds)
+                if spent[i] >= seconds and len(stopwatches[i].samples) >= LEAST_SAMPLES:
+                    waiting.remove(i)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """None but what is asked for; and that is quick, since it need not look at what is there already."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, median, high
+
+
+def peak_memory(call: Call, device: str) -> int | None:
+    """Bytes that one call takes at its peak beyond what was there before, its results included; None if unknown.
+
+    CUDA: torch's allocator knows. CPU: the rise of the process's peak resident size, which Linux lets us reset, after
+    handing all free heap back to the system. That counts tensors, scratch and the autograd graph alike, but little
+    of what fits into half-used pages; a profiler sees the tensors alone, and takes minutes for a loop over 8192 tokens.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _peak_resident_bytes()
+        call()
+        return _peak_resident_bytes() - before
+    except (OSError, StopIteration):
+        return None
+
+
+def _peak_resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of the fastest of several large copies."""
+    source = torch.ones((2**28 if device == "cuda" else 2**26), device=device)
+    target = torch.empty_like(source)
+    copy = lambda: target.copy_(source)  # noqa: E731
+    copy()
+    if device == "cuda":
+        stopwatch = CudaStopwatch([copy])
+        for _ in range(20):
+            stopwatch.sample()
+        seconds = min(stopwatch.samples)
+    else:
+        seconds = min(_timed(copy) for _ in range(7))
+    return 2 * source.nbytes / seconds
+
+
+def _timed(call: Call) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started

@@ -1,0 +1,1 @@
+"""One operation a file, each with a tuple OPERATIONS; all are found by themselves."""

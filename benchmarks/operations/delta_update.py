@@ -1,0 +1,289 @@
+"""delta_update over whole sequences, forward and forward + backward: ours, upstream's, and what else computes it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deltamem_kernels import backends, delta_update
+
+from ..inputs import memory_operands
+from ..registry import Implementation, Operation, Shape, Tensors, with_gradients
+
+GRADIENTS_OF = ("q", "k", "v", "beta")
+REFERENCE_TOKENS = 1024
+COMPILED_BLOCK = 32
+
+
+def forward_inputs(shape: Shape) -> Tensors:
+    return memory_operands(shape)
+
+
+def training_inputs(shape: Shape) -> Tensors:
+    operands = memory_operands(shape)
+    generator = torch.Generator().manual_seed(3)
+    d_reads = torch.randn(operands["q"].shape, generator=generator)
+    d_final_state = torch.randn(shape.batch, shape.heads, shape.rank, shape.rank, generator=generator)
+    cotangents = {"d_reads": d_reads.to(shape.dtype), "d_final_state": d_final_state}
+    return operands | {name: cotangent.to(shape.device) for name, cotangent in cotangents.items()}
+
+
+def forward_bytes(shape: Shape) -> int:
+    """q, k, v and beta read, reads and the final state written."""
+    tokens_and_heads = shape.batch * shape.tokens * shape.heads
+    numbers = 4 * shape.rank + (shape.rank if shape.gates == "row" else 1)
+    state = max(4, shape.dtype.itemsize) * shape.batch * shape.heads * shape.rank**2
+    return tokens_and_heads * numbers * shape.dtype.itemsize + state
+
+
+def training_bytes(shape: Shape) -> int:
+    """Besides, the cotangents read, which are as large as the outputs, and the gradients written, as the inputs."""
+    return 2 * forward_bytes(shape)
+
+
+def _gates(beta: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """keep, erase and write, `[B, T, H, R]`."""
+    if shape.gates == "head":
+        beta = beta.unsqueeze(-1).expand(*beta.shape, shape.rank)
+    if shape.mode == "no_lambda":
+        return torch.ones_like(beta), beta, beta
+    keep = 1.0 - beta
+    return keep, keep * beta if shape.mode == "lambda_outside" else beta, beta
+
+
+# Ours
+
+
+def _ours(backend: str) -> Callable[[Tensors, Shape], Tensors]:
+    def run(inputs: Tensors, shape: Shape) -> Tensors:
+        operands = (inputs[name] for name in GRADIENTS_OF)
+        return delta_update(*operands, mode=shape.mode, backend=backend)._asdict()
+
+    return run
+
+
+def _ours_why_not(backend: str, shape: Shape) -> str | None:
+    status = backends()[backend]
+    if not status.available:
+        return status.reason
+    if backend in ("triton", "cuda") and shape.device != "cuda":
+        return "needs --device cuda"
+    if backend == "cpu" and shape.device != "cpu":
+        return "needs --device cpu"
+    if backend == "reference" and shape.tokens > REFERENCE_TOKENS:
+        return f"made to be read, not to be fast: run up to {REFERENCE_TOKENS} tokens"
+    return None
+
+
+# Upstream (declare-lab/delta-Mem): its own functions where the package `deltamem` is importable
+
+
+@functools.cache
+def _upstream(module: str, attribute: str) -> Callable | None:
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError:
+        return None
+
+
+def _rewritten_loop(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The arithmetic of a token as upstream arranges it, on `[B, T, R]`, with nothing made better or worse."""
+    reads = []
+    for t in range(q.shape[1]):
+        query, key, value = q[:, t], k[:, t], v[:, t]
+        reads.append(torch.einsum("bij,bj->bi", state, query))
+        predicted = torch.einsum("bij,bj->bi", state, key)
+        written = value.unsqueeze(-1) * key.unsqueeze(1)
+        erased = predicted.unsqueeze(-1) * key.unsqueeze(1)
+        kept = keep[:, t].unsqueeze(-1) * state
+        state = kept - erase[:, t].unsqueeze(-1) * erased + write[:, t].unsqueeze(-1) * written
+    return state, torch.stack(reads, dim=1)
+
+
+def _upstream_torch_loop() -> Callable:
+    attention = _upstream("deltamem.core.delta_impl", "DeltaMemAttention")
+    return functools.partial(attention._memory_affine_scan_torch, None) if attention else _rewritten_loop
+
+
+def _on_upstreams_layout(loop: Callable[[], Callable]) -> Callable[[Tensors, Shape], Tensors]:
+    """Upstream folds heads into the batch, and keeps the state in the dtype of the layer."""
+
+    def run(inputs: Tensors, shape: Shape) -> Tensors:
+        operands = (inputs["q"], inputs["k"], inputs["v"], *_gates(inputs["beta"], shape))
+        rows, sizes = shape.batch * shape.heads, (shape.batch, shape.heads, shape.tokens, shape.rank)
+        folded = [x.transpose(1, 2).reshape(rows, shape.tokens, shape.rank) for x in operands]
+        state, reads = loop()(folded[0].new_zeros(rows, shape.rank, shape.rank), *folded)
+        return {"reads": reads.view(sizes).transpose(1, 2), "final_state": state.view(*sizes[:2], *state.shape[1:])}
+
+    return run
+
+
+def _upstream_triton_why_not(shape: Shape) -> str | None:
+    if shape.device != "cuda":
+        return "needs a CUDA device (--device cuda)"
+    if _upstream("deltamem.kernels.affine_scan", "triton_affine_scan") is None:
+        return "needs upstream's package `deltamem` (declare-lab/delta-Mem) on PYTHONPATH"
+    return None
+
+
+# flash-linear-attention: a read after the write, decay in logarithms, the state as key x value
+
+
+@functools.cache
+def _fla() -> Callable | None:
+    try:
+        return importlib.import_module("fla.ops.gated_delta_rule").fused_recurrent_gated_delta_rule
+    except ImportError:
+        return None
+
+
+def _fla_why_not(shape: Shape) -> str | None:
+    if shape.device != "cuda":
+        return "needs a CUDA device (--device cuda)"
+    if shape.gates != "head" or shape.mode != "lambda_outside":
+        return "computes one gate a head, decay outside: --mode lambda_outside --gates head"
+    return None if _fla() else "needs the package flash-linear-attention"
+
+
+def _fla_prepare(inputs: Tensors) -> Tensors:
+    """A read after token t's write is ours before the write of t + 1: queries move one token to the left."""
+    q = inputs["q"]
+    moved = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
+    return {name: inputs[name] for name in ("k", "v", "beta")} | {"q": moved, "log_decay": torch.log1p(-inputs["beta"])}
+
+
+def _fla_run(inputs: Tensors, shape: Shape) -> Tensors:
+    reads, final_state = _fla()(
+        q=inputs["q"],
+        k=inputs["k"],
+        v=inputs["v"],
+        g=inputs["log_decay"],
+        beta=inputs["beta"],
+        scale=1.0,
+        output_final_state=True,
+    )
+    return {"reads": reads, "final_state": final_state}
+
+
+def _fla_present(outputs: Tensors) -> Tensors:
+    reads = outputs["reads"]
+    from_zero_state = torch.zeros_like(reads[:, :1])
+    moved = torch.cat([from_zero_state, reads[:, :-1]], dim=1)
+    return {"reads": moved, "final_state": outputs["final_state"].transpose(-1, -2)}
+
+
+# torch.compile. Unrolling thousands of tokens does not compile in reasonable time; a block that is compiled once and
+# called T / 32 times does, and is as fast a token as a longer block.
+
+
+def _token_block(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
+) -> tuple[Tensor, Tensor]:
+    reads = []
+    for t in range(q.shape[1]):
+        key = k[:, t].unsqueeze(-2)
+        reads.append((state * q[:, t].unsqueeze(-2)).sum(-1))
+        row = write[:, t] * v[:, t] - erase[:, t] * (state * key).sum(-1)
+        state = keep[:, t].unsqueeze(-1) * state + row.unsqueeze(-1) * key
+    return state, torch.stack(reads, dim=1)
+
+
+@functools.cache
+def _compiled_block() -> Callable:
+    return torch.compile(_token_block, fullgraph=True, dynamic=False)
+
+
+def _compiled_run(inputs: Tensors, shape: Shape) -> Tensors:
+    dtype = torch.promote_types(shape.dtype, torch.float32)
+    operands = (inputs["q"], inputs["k"], inputs["v"], *_gates(inputs["beta"], shape))
+    sizes = (shape.batch, shape.heads, shape.rank, shape.rank)
+    # Each T, and a first state that needs no gradient while the later ones do, would compile anew.
+    state = torch.zeros(sizes, dtype=dtype, device=shape.device, requires_grad=torch.is_grad_enabled())
+    reads = []
+    for block in zip(*(_token_blocks(operand.to(dtype)) for operand in operands), strict=True):
+        state, block_reads = _compiled_block()(state, *block)
+        reads.append(block_reads)
+    return {"reads": torch.cat(reads, dim=1).to(shape.dtype), "final_state": state}
+
+
+def _token_blocks(operand: Tensor) -> tuple[Tensor, ...]:
+    """`[B, T, H, R]` to T/32 times `[B, 32, H, R]`, with strides that do not tell T."""
+    blocks = operand.unflatten(1, (-1, COMPILED_BLOCK)).transpose(0, 1)
+    return blocks.clone(memory_format=torch.contiguous_format).unbind()
+
+
+def _compiled_why_not(shape: Shape) -> str | None:
+    if shape.tokens % COMPILED_BLOCK:
+        return f"compiled for a multiple of {COMPILED_BLOCK} tokens"
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if shape.device == "cpu" and not any(shutil.which(compiler) for compiler in compilers if compiler):
+        return "torch.compile needs a C++ compiler"
+    return None
+
+
+def _implementations() -> tuple[Implementation, ...]:
+    ours = tuple(
+        Implementation(f"ours ({name})", _ours(name), functools.partial(_ours_why_not, name)) for name in backends()
+    )
+    own = _upstream("deltamem.core.delta_impl", "DeltaMemAttention")
+    return (
+        *ours,
+        Implementation(
+            "upstream-torch",
+            _on_upstreams_layout(_upstream_torch_loop),
+            note="upstream's own loop" if own else "upstream's loop, rewritten: its package is not installed",
+        ),
+        Implementation(
+            "upstream-triton",
+            _on_upstreams_layout(lambda: _upstream("deltamem.kernels.affine_scan", "triton_affine_scan")),
+            _upstream_triton_why_not,
+            note="upstream's own kernel",
+        ),
+        Implementation(
+            "reference-compiled",
+            _compiled_run,
+            _compiled_why_not,
+            note=f"torch.compile of a loop over {COMPILED_BLOCK} tokens, called T/{COMPILED_BLOCK} times",
+            slow_start=True,
+        ),
+        Implementation(
+            "fla-recurrent", _fla_run, _fla_why_not, prepare=_fla_prepare, present=_fla_present,
+            note="queries moved by one token and the decay's logarithm taken beforehand, untimed",
+        ),
+    )  # fmt: skip
+
+
+def _training(implementation: Implementation) -> Implementation:
+    run = with_gradients(implementation.run, GRADIENTS_OF)
+    if implementation.name == "fla-recurrent":
+        return replace(implementation, run=run, why_not=lambda shape: "has no backward")
+    return replace(implementation, run=run)
+
+
+FORWARD = Operation(
+    name="delta_update forward",
+    inputs=forward_inputs,
+    oracle=_ours("reference"),
+    bytes_moved=forward_bytes,
+    implementations=_implementations(),
+    baseline="upstream-torch",
+)
+TRAINING = Operation(
+    name="delta_update forward+backward",
+    inputs=training_inputs,
+    oracle=with_gradients(_ours("reference"), GRADIENTS_OF),
+    bytes_moved=training_bytes,
+    implementations=tuple(_training(implementation) for implementation in FORWARD.implementations),
+    baseline=FORWARD.baseline,
+    gradients_of=GRADIENTS_OF,
+)
+OPERATIONS = (FORWARD, TRAINING)

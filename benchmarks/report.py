@@ -1,0 +1,162 @@
+"""The table, the JSON file and the plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+from .runner import Row
+
+LEAST_RESIDENT_BYTES = 2**16  # below, the resident size says little: see measure.peak_memory
+COLUMNS = (
+    "implementation", "T", "median", "spread", "tokens/s", "ns/token", "GB/s", "of floor", "memory", "error", "speed",
+    "timed with",
+)  # fmt: skip
+
+
+def _scaled(value: float | None, units: Sequence[str], step: float = 1000.0) -> str:
+    """Three digits and the unit that suits: `_scaled(0.0012, ("ns", ...))` counts up from the first unit."""
+    if value is None:
+        return "-"
+    index = 0
+    while abs(value) >= step and index < len(units) - 1:
+        value, index = value / step, index + 1
+    return f"{_digits(value)} {units[index]}".rstrip()
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, never as a power of ten."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(decimals, 6)}f}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    timings = row.timings
+    seconds = None if row.seconds is None else row.seconds * 1e9
+    median = _scaled(seconds, ("ns", "µs", "ms", "s")) if row.status == "ok" else row.status
+    return (
+        row.implementation,
+        f"{row.shape.tokens}",
+        median,
+        "-" if timings["spread"] is None else f"{100 * timings['spread']:.1f} %",
+        _scaled(timings["tokens_per_second"], ("", "k", "M", "G")),
+        "-" if timings["ns_per_token"] is None else _digits(timings["ns_per_token"]),
+        "-" if timings["gb_per_second"] is None else _digits(timings["gb_per_second"]),
+        "-" if timings["share_of_floor"] is None else f"{_digits(100 * timings['share_of_floor'])} %",
+        _memory(row),
+        "-" if row.error is None else f"{row.error:.1e}",
+        "-" if row.speed is None else f"{_digits(row.speed)}x",
+        row.method or "-",
+    )
+
+
+def _memory(row: Row) -> str:
+    if row.shape.device == "cpu" and row.peak_memory_bytes is not None and row.peak_memory_bytes < LEAST_RESIDENT_BYTES:
+        return "< 64 KiB"
+    return _scaled(row.peak_memory_bytes, ("B", "KiB", "MiB", "GiB"), 1024.0)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A block for each operation; below, in words, what was not run and what the notes say."""
+    lines: list[str] = []
+    for (operation, kind), group in groupby(rows, key=lambda row: (row.operation, _kind(row))):
+        ran = [row for row in group if row.status != "not run"]
+        if not ran:
+            continue
+        cells = [COLUMNS, *map(_cells, ran)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines += ["", f"{operation}: {kind}"]
+        for line in cells:
+            first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            lines.append("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
+    return "\n".join([*lines, "", *_remarks(rows)])
+
+
+def _kind(row: Row) -> str:
+    """The shape without its T, which is a column."""
+    return str(row.shape).replace(f" T={row.shape.tokens} ", " ")
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """`not run` and notes, each once, with the operations and lengths that it holds for."""
+    remarks: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.note:
+            kind = {"not run": "not run", "failed": "failed"}.get(row.status, "note")
+            remarks.setdefault((kind, row.implementation, row.note), []).append(row)
+    lines = []
+    for (kind, name, note), where in sorted(remarks.items(), key=lambda item: item[0][0]):
+        everywhere = len(where) == sum(row.implementation == name for row in rows)
+        lines.append(f"{kind}: {name}: {note}" + ("" if everywhere else f" ({_cases(where)})"))
+    return lines
+
+
+def _cases(rows: Sequence[Row]) -> str:
+    lengths: dict[str, list[str]] = {}
+    for row in rows:
+        lengths.setdefault(row.operation, []).append(str(row.shape.tokens))
+    return "; ".join(f"{operation}, T = {', '.join(each)}" for operation, each in lengths.items())
+
+
+def as_json(header: dict, rows: Sequence[Row]) -> str:
+    return json.dumps({"header": header, "rows": [_json_row(row) for row in rows]}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _json_row(row: Row) -> dict:
+    fields = asdict(row) | row.timings
+    fields["shape"] = fields["shape"] | {"dtype": row.shape.dtype_name}
+    return {name: _finite(value) for name, value in fields.items()}
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN and no infinity: they become words."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plot(header: dict, rows: Sequence[Row], path: Path) -> None:
+    """Time a token against T, a panel for each operation. Raises ImportError where matplotlib is missing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    timed = [row for row in rows if row.seconds is not None]
+    operations = list(dict.fromkeys(row.operation for row in timed))
+    names = list(dict.fromkeys(row.implementation for row in timed))
+    count = max(1, len(operations))
+    size = (6.2 * count, 5)
+    figure, panels = pyplot.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for operation, panel in zip(operations, panels[0], strict=False):
+        here = [row for row in timed if row.operation == operation]
+        for index, name in enumerate(names):
+            mine = [row for row in here if row.implementation == name]
+            points = sorted((row.shape.tokens, row.timings["ns_per_token"]) for row in mine)
+            if points:
+                panel.loglog(*zip(*points, strict=True), "os^Dvp*X"[index % 8] + "-", color=f"C{index}", label=name)
+        floor = sorted({(row.shape.tokens, 1e9 * row.floor_seconds / row.tokens) for row in here})
+        panel.loglog(*zip(*floor, strict=True), "k:", label="bytes moved once, at copy speed")
+        lengths = [tokens for tokens, _ in floor]
+        panel.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
+        panel.minorticks_off()
+        panel.yaxis.set_major_formatter(
+            FuncFormatter(lambda number, _: f"{number:,.0f}" if number >= 1 else f"{number}")
+        )
+        panel.grid(alpha=0.3)
+        panel.set(title=operation, xlabel="tokens (T)")
+    panels[0][0].set_ylabel("ns a token (less is better)")
+    if operations:
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.suptitle(f"{header['device']}: {_kind(timed[0])}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)

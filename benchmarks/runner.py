@@ -1,0 +1,166 @@
+"""Checks and times every implementation of an operation on one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import measure
+from .machine import without_paths
+from .progress import Progress
+from .registry import Implementation, Operation, Shape, Tensors
+
+# Of the norm. 16-bit: wide enough for a loop that rounds its state at every token, far below any wrong formula.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+@dataclass
+class Row:
+    """One implementation on one shape. status: ok, WRONG (not timed), failed (it raised: see note) or not run."""
+
+    operation: str
+    implementation: str
+    shape: Shape
+    status: str
+    note: str
+    bytes_moved: int
+    floor_seconds: float
+    error: float | None = None
+    errors: dict[str, float] | None = None
+    seconds: float | None = None
+    quartiles: tuple[float, float] | None = None
+    samples: int | None = None
+    method: str | None = None
+    peak_memory_bytes: int | None = None
+    speed: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.shape.batch * self.shape.tokens
+
+    @property
+    def timings(self) -> dict[str, float | None]:
+        """What follows from the median time."""
+        if self.seconds is None:
+            return dict.fromkeys(("spread", "tokens_per_second", "ns_per_token", "gb_per_second", "share_of_floor"))
+        low, high = self.quartiles
+        return {
+            "spread": (high - low) / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "ns_per_token": 1e9 * self.seconds / self.tokens,
+            "gb_per_second": self.bytes_moved / self.seconds / 1e9,
+            "share_of_floor": self.floor_seconds / self.seconds,
+        }
+
+
+@dataclass
+class Settings:
+    seconds: float
+    thread_choices: Sequence[int]
+    bandwidth: float
+    quick: bool = False
+
+
+def relative_errors(outputs: Tensors, expected: Tensors) -> dict[str, float]:
+    """Norm of the difference over the norm of the truth, of each output the oracle has."""
+    errors = {}
+    for name, truth in expected.items():
+        if outputs[name].shape != truth.shape:
+            errors[name] = float("inf")
+            continue
+        difference = outputs[name].detach().to("cpu", torch.float64) - truth
+        errors[name] = (difference.norm() / truth.norm().clamp_min(1e-30)).item()
+    return errors
+
+
+def run_case(
+    operation: Operation,
+    implementations: Sequence[Implementation],
+    shape: Shape,
+    settings: Settings,
+    progress: Progress,
+) -> list[Row]:
+    """A row for each implementation, in their order. Progress advances by two for each."""
+    reasons = {implementation.name: why_not(implementation, shape, settings) for implementation in implementations}
+    rows = [_empty_row(operation, each, shape, settings, reasons[each.name]) for each in implementations]
+    runnable = [(each, row) for each, row in zip(implementations, rows, strict=True) if row.status == "ok"]
+    progress.advance(2 * (len(rows) - len(runnable)))
+    if not runnable:
+        return rows
+    torch.set_num_threads(max(settings.thread_choices))
+    progress.describe(f"{operation.name}, T={shape.tokens}: float64 reference")
+    inputs = operation.inputs(shape)
+    exact = {name: tensor.to("cpu", torch.float64) for name, tensor in inputs.items()}
+    expected = {name: output.detach() for name, output in operation.oracle(_leaves(exact, operation), shape).items()}
+    del exact
+    timed = []
+    with torch.inference_mode(not operation.gradients_of):
+        for implementation, row in runnable:
+            progress.describe(f"{operation.name}, T={shape.tokens}: {implementation.name}")
+            stopwatch = _check(operation, implementation, shape, inputs, expected, row, settings)
+            progress.advance(1 if stopwatch else 2)
+            if stopwatch:
+                timed.append((row, stopwatch))
+        progress.describe(f"{operation.name}, T={shape.tokens}: timing")
+        measure.round_robin([stopwatch for _, stopwatch in timed], settings.seconds, progress.advance)
+    for row, stopwatch in timed:
+        low, row.seconds, high = measure.quartiles(stopwatch.samples)
+        row.quartiles, row.samples, row.method = (low, high), len(stopwatch.samples), stopwatch.method
+    baseline = next((row.seconds for row in rows if row.implementation == operation.baseline), None)
+    for row, _ in timed:
+        row.speed = baseline / row.seconds if baseline else None
+    return rows
+
+
+def why_not(implementation: Implementation, shape: Shape, settings: Settings) -> str | None:
+    if settings.quick and implementation.slow_start:
+        return "takes long to start: left out by --quick"
+    reason = implementation.why_not(shape)
+    return reason and without_paths(reason)
+
+
+def _empty_row(
+    operation: Operation, implementation: Implementation, shape: Shape, settings: Settings, reason: str | None
+) -> Row:
+    moved = operation.bytes_moved(shape)
+    status, note = ("not run", reason) if reason else ("ok", implementation.note)
+    return Row(operation.name, implementation.name, shape, status, note, moved, moved / settings.bandwidth)
+
+
+def _leaves(inputs: Tensors, operation: Operation) -> Tensors:
+    """Copies, of which those that need gradients ask for them."""
+    names = operation.gradients_of
+    return {name: tensor.detach().clone().requires_grad_(name in names) for name, tensor in inputs.items()}
+
+
+def _check(
+    operation: Operation,
+    implementation: Implementation,
+    shape: Shape,
+    inputs: Tensors,
+    expected: Tensors,
+    row: Row,
+    settings: Settings,
+) -> measure.CpuStopwatch | measure.CudaStopwatch | None:
+    """Compares one result with the oracle's and measures its memory; a stopwatch only where it is right."""
+    try:
+        prepared = implementation.prepare(_leaves(inputs, operation))
+        outputs = implementation.present(implementation.run(prepared, shape))
+        row.errors = relative_errors(outputs, expected)
+        del outputs
+        row.error = max(row.errors.values())
+        if not all(error <= TOLERANCE[shape.dtype] for error in row.errors.values()):  # a NaN is wrong too
+            row.status = "WRONG"
+            return None
+        row.peak_memory_bytes = measure.peak_memory(lambda: implementation.run(prepared, shape), shape.device)
+        if shape.device != "cuda":
+            return measure.CpuStopwatch(lambda: implementation.run(prepared, shape), settings.thread_choices)
+        copies = measure.copies_past_cache(sum(tensor.nbytes for tensor in inputs.values()), shape.device)
+        many = [implementation.prepare(_leaves(inputs, operation)) for _ in range(copies)]
+        return measure.CudaStopwatch([lambda each=each: implementation.run(each, shape) for each in many])
+    except Exception as error:  # one implementation must not take the others' figures with it
+        first_line = (str(error).splitlines() or [""])[0]
+        row.status, row.note = "failed", without_paths(f"{type(error).__name__}: {first_line}")
+        return None

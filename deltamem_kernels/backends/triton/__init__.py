@@ -1,0 +1,119 @@
+"""The Triton backend: one launch forward, one backward. Triton itself is imported on the first call, not before."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def delta_update_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    write: Tensor | None,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mode: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """reads, final_state and checkpoints, as in backends/reference.py."""
+    from . import delta_update
+
+    return delta_update.delta_update_forward(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode, save)
+
+
+def delta_update_backward(
+    d_reads: Tensor | None,
+    d_final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    write: Tensor | None,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    mode: str,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, beta, decay, write and initial_state, as in backends/reference.py."""
+    from . import delta_update
+
+    return delta_update.delta_update_backward(
+        d_reads, d_final_state, q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, checkpoints, mode, needs
+    )
+
+
+def delta_step(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    state_indices: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    intermediate_states: Tensor | None,
+    out: Tensor,
+    mode: str,
+    pad_slot_id: int,
+    update_state: bool,
+) -> None:
+    """Reads into out, states into the pool and into intermediate_states, as in backends/reference.py."""
+    from . import step
+
+    step.delta_step(
+        state, q, k, v, beta, decay, state_indices, num_accepted_tokens, intermediate_states, out, mode, pad_slot_id,
+        update_state,
+    )  # fmt: skip
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why the kernels cannot run on tensors of this device, in a sentence; None where they can."""
+    if device.type not in ("cpu", "cuda"):
+        return f"the Triton kernels run on NVIDIA and AMD GPUs, not on {device.type} tensors"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    wanted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    if device.type == "cpu" and not wanted:
+        return "Triton runs on CPU tensors only with TRITON_INTERPRET=1 in the environment"
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "torch sees no GPU"
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < MINIMUM_CAPABILITY:
+            return "the Triton kernels need compute capability {}.{}, this GPU has {}.{}".format(
+                *MINIMUM_CAPABILITY, *capability
+            )
+    try:
+        return _mixed_interpretation(device, wanted)
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+
+
+def _mixed_interpretation(device: torch.device, wanted: bool) -> str | None:
+    """Triton decides for each function, when it is defined, whether it will be interpreted or compiled."""
+    import triton
+    import triton.language as tl
+
+    functions = [tl.sum]
+    kernels = sys.modules.get(f"{__name__}.delta_update")
+    if kernels is not None:
+        functions += [kernels.delta_update_forward_kernel, kernels.delta_update_backward_kernel]
+    interpreted = {not isinstance(function, triton.JITFunction) for function in functions}
+    if kernels is None:
+        interpreted.add(wanted)
+    if len(interpreted) == 2 or (device.type == "cpu" and False in interpreted):
+        return "TRITON_INTERPRET changed after triton or these kernels were loaded; set it before the first import"
+    return None

@@ -1,0 +1,327 @@
+"""The rule of one token and its adjoint, with the loads and stores around them, for the kernels beside this file.
+
+A program holds the states of HEADS heads of one sequence as a tuple of NC tiles:
+
+    W == 1   R tiles [HEADS * ROWS], one for each column: a lane has a whole state row in registers, and the chain from
+             state to state needs no shuffle. q and k are loaded as one block, a lane the number of its row; `columns`
+             hands each number to all lanes of the head. All blocks have one dimension: with more of them the compiler
+             finds several layouts for one shape and computes everything once in each.
+    W > 1    one tile [ROWS, W], for ranks too large for the above (HEADS = NC = 1). Numbers of a row (v, the gates)
+             are [ROWS, 1], those of a column (q, k) [1, W].
+
+Lanes past the last head or row read the last one again: loads of tokens then need no mask. Stores and sums leave them
+out. Columns past the last are zeros.
+"""
+
+# ruff: noqa: B007, RET505, RUF005, SIM108 (a dialect: an if on a constexpr chooses code, tuples have no *)
+
+import triton
+import triton.language as tl
+
+_TOKENS = ("q", "k", "v", "beta", "decay", "write", "mask", "d_reads")
+_STATES = ("initial", "d_final")
+RUN_VARYING = [
+    *("T", "H", "p_cu_seqlens"),
+    *(f"p_{x}" for x in _TOKENS + _STATES),
+    *(f"{x}_s{d}" for x in _TOKENS for d in "bthr" if f"{x}_s{d}" not in ("q_sr", "k_sr")),
+    *(f"{x}_s{d}" for x in _STATES for d in "nhrc"),
+]
+"""Arguments whose values and alignment are no reason to compile a kernel again: nothing here loads two numbers of an
+operand at once. With W > 1 a lane has several numbers of q and k; where their stride is 1, they share an address."""
+
+PREFETCH = tl.constexpr(2)
+"""Tokens that a scan loads ahead: the chain from state to state must not wait for memory."""
+
+
+@triton.jit
+def program_indices(H, R: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr):
+    """Of this program, int64: sequence, head, row, number of q and k, column within a tile, place within a tile.
+    And what exists: rows, numbers of q and k, numbers of a tile."""
+    i_p = tl.program_id(0).to(tl.int64)
+    groups = tl.cdiv(H, HEADS)
+    i_n, i_h = i_p // groups, (i_p % groups) * HEADS
+    if W == 1:
+        i_x = tl.arange(0, HEADS * ROWS).to(tl.int64)
+        i_h, i_r = i_h + i_x // ROWS, i_x % ROWS
+        m_r = (i_h < H) & (i_r < R)
+        i_h, i_r = tl.minimum(i_h, H - 1), tl.minimum(i_r, R - 1)
+        return i_n, i_h, i_r, i_r, i_x * 0, i_x, m_r, m_r, m_r
+    else:
+        i_r = tl.arange(0, ROWS)[None, :].to(tl.int64)
+        i_c = tl.arange(0, W)[:, None].to(tl.int64)
+        m_r, m_c = i_r < R, i_c < R
+        return i_n, i_h, tl.minimum(i_r, R - 1), i_c, i_c, i_c * ROWS + i_r, m_r, m_c, m_r & m_c
+
+
+@triton.jit
+def sequence_bounds(p_cu_seqlens, i_n, T):
+    """Batch row, first token and end of sequence i_n, int64. Tokens are in [0, T] whatever cu_seqlens holds."""
+    zero = i_n * 0
+    if p_cu_seqlens is None:
+        return i_n, zero, zero + T
+    else:
+        start = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_n).to(tl.int64), 0), T)
+        stop = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_n + 1).to(tl.int64), start), T)
+        return zero, start, stop
+
+
+# Loads and stores
+
+
+@triton.jit
+def operand(p_x, i_b, i_h, i_r, s_b, s_t, s_h, s_r):
+    """[B, T, H, R] as this program reads it: pointers into token 0, and the stride of tokens."""
+    return p_x + i_b * s_b + i_h * s_h + i_r * s_r, tl.cast(s_t, tl.int64)
+
+
+@triton.jit
+def load_row(x, i_t):
+    return tl.load(x[0] + i_t * x[1])
+
+
+@triton.jit
+def load_columns(x, i_t, m_k, W: tl.constexpr):
+    p_x = x[0] + i_t * x[1]
+    if W == 1:
+        return tl.load(p_x)
+    else:
+        return tl.load(p_x, mask=m_k, other=0.0)
+
+
+@triton.jit
+def store(p_x, b_x, m_x):
+    if b_x.dtype == tl.float64 and p_x.dtype.element_ty == tl.bfloat16:
+        b_x = b_x.to(tl.float32)  # there is no conversion in one step
+    tl.store(p_x, b_x, mask=m_x)
+
+
+@triton.jit
+def load_tiles(p_x, s_c, NC: tl.constexpr):
+    b_x = ()
+    for c in tl.static_range(NC):
+        b_x = b_x + (tl.load(p_x + c * s_c),)
+    return b_x
+
+
+@triton.jit
+def store_tiles(p_x, s_c, b_x, NC: tl.constexpr):
+    for c in tl.static_range(NC):
+        tl.store(p_x + c * s_c, b_x[c])
+
+
+@triton.jit
+def load_state(p_x, s_c, m_s, dtype: tl.constexpr, NC: tl.constexpr):
+    b_x = ()
+    for c in tl.static_range(NC):
+        b_x = b_x + (tl.load(p_x + c * s_c, mask=m_s, other=0.0).to(dtype),)
+    return b_x
+
+
+@triton.jit
+def store_state(p_x, s_c, b_x, m_s, NC: tl.constexpr):
+    for c in tl.static_range(NC):
+        store(p_x + c * s_c, b_x[c], m_s)
+
+
+@triton.jit
+def zero_state(i_x, dtype: tl.constexpr, NC: tl.constexpr):
+    b_x = ()
+    for c in tl.static_range(NC):
+        b_x = b_x + ((i_x * 0).to(dtype),)
+    return b_x
+
+
+@triton.jit
+def load_token(
+    x, i_t, m_k, QUERY: tl.constexpr, DECAY: tl.constexpr, WRITE: tl.constexpr, MASK: tl.constexpr, W: tl.constexpr
+):
+    """q, k, v, beta, decay, write and mask of a token as they lie in memory; k or beta in place of what is absent."""
+    q, k, v, beta, decay, write, mask = x
+    b_k, b_v, b_beta = load_columns(k, i_t, m_k, W), load_row(v, i_t), load_row(beta, i_t)
+    b_q, b_decay, b_write, b_mask = b_k, b_beta, b_beta, b_beta
+    if QUERY:
+        b_q = load_columns(q, i_t, m_k, W)
+    if DECAY:
+        b_decay = load_row(decay, i_t)
+    if WRITE:
+        b_write = load_row(write, i_t)
+    if MASK:
+        b_mask = load_row(mask, i_t)
+    return b_q, b_k, b_v, b_beta, b_decay, b_write, b_mask
+
+
+@triton.jit
+def unmasked(b_x, b_mask, value, dtype: tl.constexpr, MASK: tl.constexpr):
+    """b_x as dtype, with `value` in a masked token: whatever stood there, NaN too, is gone."""
+    b_x = b_x.to(dtype)
+    if MASK:
+        b_x = tl.where(b_mask != 0, b_x, value)
+    return b_x
+
+
+@triton.jit
+def columns(b_x, HEADS: tl.constexpr, ROWS: tl.constexpr, NC: tl.constexpr, W: tl.constexpr):
+    """Numbers of a column, as loaded, to tiles that go with those of a state."""
+    if W == 1:
+        i_head = tl.arange(0, HEADS * ROWS) // ROWS * ROWS
+        b_y = ()
+        for c in tl.static_range(NC):
+            b_y = b_y + (tl.gather(b_x, i_head + c, 0),)
+        return b_y
+    else:
+        return (b_x,)
+
+
+@triton.jit
+def decode_token(
+    token, dtype: tl.constexpr, DECAY: tl.constexpr, MASK: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, NC: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """What load_token brought, as dtype. A masked token is one with q = k = v = beta = write = 0 and decay = 1."""
+    b_q, b_k, b_v, b_beta, b_decay, b_write, b_mask = token
+    b_q = columns(unmasked(b_q, b_mask, 0.0, dtype, MASK), HEADS, ROWS, NC, W)
+    b_k = columns(unmasked(b_k, b_mask, 0.0, dtype, MASK), HEADS, ROWS, NC, W)
+    b_v = unmasked(b_v, b_mask, 0.0, dtype, MASK)
+    b_beta = unmasked(b_beta, b_mask, 0.0, dtype, MASK)
+    if DECAY:
+        b_decay = unmasked(b_decay, b_mask, 1.0, dtype, MASK)
+    else:
+        b_decay = 1 - b_beta
+    return b_q, b_k, b_v, b_beta, b_decay, unmasked(b_write, b_mask, 0.0, dtype, MASK)
+
+
+# Arithmetic
+
+
+@triton.jit
+def gates(b_beta, b_decay, b_write, MODE: tl.constexpr):
+    """keep, erase and write of S <- Diag(keep) S - Diag(erase) (S k) k^T + Diag(write) v k^T."""
+    if MODE == "affine":  # the three given one by one: beta is erase, decay is keep
+        return b_decay, b_beta, b_write
+    elif MODE == "no_lambda":
+        return b_beta * 0 + 1, b_beta, b_beta
+    elif MODE == "standard":
+        return b_decay, b_beta, b_beta
+    else:  # lambda_outside
+        return b_decay, b_decay * b_beta, b_beta
+
+
+@triton.jit
+def gates_adjoint(b_beta, b_decay, b_dkeep, b_derase, b_dwrite, MODE: tl.constexpr, DECAY: tl.constexpr):
+    """From the gradients of keep, erase and write to those of beta, decay and write, as `gates` takes them."""
+    if MODE == "affine":
+        b_dbeta, b_ddecay = b_derase, b_dkeep
+    elif MODE == "lambda_outside":
+        b_dbeta, b_ddecay = b_decay * b_derase + b_dwrite, b_dkeep + b_beta * b_derase
+    else:
+        b_dbeta, b_ddecay = b_derase + b_dwrite, b_dkeep
+    if MODE != "no_lambda" and not DECAY:  # decay is 1 - beta
+        b_dbeta -= b_ddecay
+    return b_dbeta, b_ddecay, b_dwrite
+
+
+@triton.jit
+def dot(b_x, b_y, NC: tl.constexpr, W: tl.constexpr):
+    """Over the columns: tiles and tiles to numbers of a row."""
+    b_sum = b_x[0] * b_y[0]
+    for c in tl.static_range(1, NC):
+        b_sum += b_x[c] * b_y[c]
+    if W > 1:
+        b_sum = tl.sum(b_sum, axis=0, keep_dims=True)
+    return b_sum
+
+
+@triton.jit
+def scale(b_a, b_x, NC: tl.constexpr):
+    """a x: tiles from tiles x and numbers a of a row."""
+    b_z = ()
+    for c in tl.static_range(NC):
+        b_z = b_z + (b_a * b_x[c],)
+    return b_z
+
+
+@triton.jit
+def combine(b_a, b_x, b_b, b_y, NC: tl.constexpr):
+    """a x + b y: tiles from tiles x, y and numbers a, b of a row."""
+    b_z = ()
+    for c in tl.static_range(NC):
+        b_z = b_z + (b_a * b_x[c] + b_b * b_y[c],)
+    return b_z
+
+
+@triton.jit
+def sum_rows(b_x, m_r, R: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr):
+    """Over the rows of a head: a tile to [1, W], or to [HEADS * ROWS] with the sum in every lane of the head."""
+    if ROWS != R:
+        b_x = tl.where(m_r, b_x, 0.0)
+    if W == 1:
+        b_sum = tl.sum(tl.reshape(b_x, [HEADS, ROWS]), axis=1, keep_dims=True)
+        return tl.reshape(tl.broadcast_to(b_sum, [HEADS, ROWS]), [HEADS * ROWS])
+    else:
+        return tl.sum(b_x, axis=1, keep_dims=True)
+
+
+@triton.jit
+def exchange_halves(b_x, HALF: tl.constexpr):
+    """2 HALF tiles to HALF: of two lanes HALF apart, the lower one gets both lanes' sum of the lower tiles."""
+    i_x = tl.arange(0, b_x[0].shape[0])
+    upper = (i_x & HALF) != 0
+    b_y = ()
+    for c in tl.static_range(HALF):
+        b_mine, b_other = tl.where(upper, b_x[HALF + c], b_x[c]), tl.where(upper, b_x[c], b_x[HALF + c])
+        b_y = b_y + (b_mine + tl.gather(b_other, i_x ^ HALF, 0),)
+    return b_y
+
+
+@triton.jit
+def sum_rows_of_tiles(
+    b_x, m_r, R: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, NC: tl.constexpr, W: tl.constexpr
+):
+    """Over the rows of a head, one sum for each column, laid out as q and k are loaded."""
+    if W > 1:
+        return sum_rows(b_x[0], m_r, R, HEADS, ROWS, W)
+    else:
+        b_y = ()
+        for c in tl.static_range(ROWS):
+            if ROWS == R:
+                b_y = b_y + (b_x[c],)
+            else:
+                b_y = b_y + (tl.where(m_r & (c < NC), b_x[c % NC], 0.0),)
+        for i in tl.static_range(1, ROWS):
+            if ROWS >> i > 0:
+                b_y = exchange_halves(b_y, ROWS >> i)
+        return b_y[0]
+
+
+@triton.jit
+def write_row(b_s, b_k, b_v, b_erase, b_write, NC: tl.constexpr, W: tl.constexpr):
+    """What a token adds to a row of the state, along k."""
+    return b_write * b_v - b_erase * dot(b_s, b_k, NC, W)
+
+
+@triton.jit
+def scan_tokens(
+    b_s, x, start, stop, p_reads, reads_st, p_history, history_st, history_sc, m_r, m_k,
+    MODE: tl.constexpr, DECAY: tl.constexpr, MASK: tl.constexpr, READS: tl.constexpr, HISTORY: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, NC: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """The state after tokens [start, stop), at least one, from the state b_s before them. On the way READS stores each
+    token's read, and HISTORY the state it was taken from, at p_history + (token - start) * history_st."""
+    dtype: tl.constexpr = b_s[0].dtype
+    WRITE: tl.constexpr = MODE == "affine"
+    AHEAD: tl.constexpr = PREFETCH if W == 1 else 0
+    ahead = ()
+    for i in tl.static_range(AHEAD):
+        ahead = ahead + (load_token(x, tl.minimum(start + i, stop - 1), m_k, READS, DECAY, WRITE, MASK, W),)
+    for i_t in range(start, stop):
+        i_ahead = tl.minimum(i_t + AHEAD, stop - 1)
+        ahead = ahead + (load_token(x, i_ahead, m_k, READS, DECAY, WRITE, MASK, W),)
+        token, ahead = ahead[0], ahead[1:]
+        b_q, b_k, b_v, b_beta, b_decay, b_write = decode_token(token, dtype, DECAY, MASK, HEADS, ROWS, NC, W)
+        b_keep, b_erase, b_write = gates(b_beta, b_decay, b_write, MODE)
+        if READS:
+            store(p_reads + i_t * reads_st, unmasked(dot(b_s, b_q, NC, W), token[6], 0.0, dtype, MASK), m_r)
+        if HISTORY:
+            store_tiles(p_history + (i_t - start) * history_st, history_sc, b_s, NC)
+        b_s = combine(b_keep, b_s, write_row(b_s, b_k, b_v, b_erase, b_write, NC, W), b_k, NC)
+    return b_s

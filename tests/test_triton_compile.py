@@ -1,0 +1,95 @@
+"""The Triton kernels, compiled for each GPU generation: no register spills. Triton brings the tools, no GPU needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import deltamem_kernels
+from deltamem_kernels.backends.triton import compile_report
+
+pytest.importorskip("triton")
+
+ARCHS = (80, 90, 100, 120)
+RANKS = (4, 8, 16)
+VARIANTS: dict[str, dict] = {
+    "float16": {"dtype": "float16"},
+    "float32": {"dtype": "float32"},
+    "lambda_outside with a decay": {"mode": "lambda_outside", "free_decay": True},
+    "no_lambda": {"mode": "no_lambda"},
+    "affine": {"mode": "affine"},
+    "packed and masked": {"cu_seqlens": True, "mask": True},
+    "gates per head": {"per_head": True},
+    "four heads": {"heads": 4},
+}
+PROGRAM = """
+import json, sys, torch
+from deltamem_kernels.backends.triton.compile_report import report
+wanted = json.loads(sys.argv[1])
+rows = {}
+for name, options in wanted.items():
+    options["dtype"] = getattr(torch, options.get("dtype", "bfloat16"))
+    rows[name] = [(*row, row.spills) for row in report(**options)]
+print(json.dumps(rows))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list]:
+    """Rows by name, from one process without TRITON_INTERPRET: interpreted kernels cannot be compiled."""
+    wanted = {"headline": {"archs": ARCHS, "ranks": RANKS}}
+    wanted |= {name: {"archs": (90,), "ranks": (8,), **options} for name, options in VARIANTS.items()}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(deltamem_kernels.__file__).parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    command = [sys.executable, "-c", PROGRAM, json.dumps(wanted)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    return {name: [(compile_report.Row(*row[:-1]), row[-1]) for row in found] for name, found in rows.items()}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("kernel", ["forward", "backward", "step"])
+def test_no_spills(compiled, kernel, rank, arch):
+    ((row, spills),) = [x for x in compiled["headline"] if x[0][:3] == (kernel, rank, arch)]
+    print(row)
+    assert 0 < row.registers <= 255
+    assert not spills, row
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_compile_without_spills(compiled, variant):
+    rows = compiled[variant]
+    step = [] if variant in ("affine", "packed and masked") else ["step"]
+    assert [row.kernel for row, _ in rows] == ["forward", "backward", *step]
+    for row, spills in rows:
+        print(row)
+        assert not spills, row
+
+
+def test_a_lane_has_its_state_in_registers(compiled):
+    """Nothing passes through shared memory: a lane has a whole row, and lanes of one warp exchange by shuffles."""
+    assert {row.shared for row, _ in compiled["headline"]} == {0}
+
+
+def test_report_fails_on_a_spill(monkeypatch, capsys):
+    row = compile_report.Row("forward", 8, 90, registers=64, stack=0, spill_stores=0, spill_loads=0, shared=0)
+    monkeypatch.setattr(compile_report, "report", lambda: [row])
+    assert compile_report.main() == 0
+    monkeypatch.setattr(compile_report, "report", lambda: [row, row._replace(stack=8, spill_stores=2, spill_loads=1)])
+    assert compile_report.main() == 1
+    assert "sm_90" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted here")
+def test_report_refuses_interpreted_kernels():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_report.report()
