@@ -70,6 +70,10 @@ def missing_tool() -> str | None:
         return f"no C++ compiler ({compiler!r} is not on PATH; install one, g++ 9 or newer, or set CXX)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "no Python headers (install python3-dev)"
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        return f"torch's build tools do not import: {error}"
     if not source_root().is_dir():
         return f"the sources are missing ({source_root().name}/ is not beside or inside the package)"
     return None
