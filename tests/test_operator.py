@@ -228,8 +228,9 @@ def test_autocast(implementation, backward_inside):
     exact = gradients(exactly)
     assert all(torch.isfinite(y).all() for y in ours.values())
     assert error(ours["final_state"], exact["final_state"]) <= FLOAT32_TOLERANCE
-    # What passes through bfloat16 on its way, rounds alike but for the last bit of a few numbers.
-    assert_close(ours, exact, torch.finfo(torch.bfloat16).eps)
+    # Four roundings to bfloat16 lie on the way to a weight: the reads, their gradient, that of q, k and v, the product.
+    # A last bit that falls the other way in one goes through all that follow.
+    assert_close(ours, exact, 4 * torch.finfo(torch.bfloat16).eps)
 
 
 def small(implementation, **options) -> Problem:
@@ -369,7 +370,7 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("R", [5, 8])
+@pytest.mark.parametrize("R", [4, 5, 8, 16])
 def test_every_run_has_the_same_bits(implementation, R):
     """On one thread or several, which share sequences and heads among them."""
     sizes = {"R": R} if implementation.slow else {"B": 4, "T": 200, "H": 4, "R": R}
@@ -435,32 +436,32 @@ def pad(x: Tensor, length: int) -> Tensor:
     return torch.cat([x, x.new_full((1, length - x.shape[1], *x.shape[2:]), 0.5)], dim=1)
 
 
+@pytest.mark.parametrize("R", [4, 8])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("poisoned", NAMES)
-def test_nan_stays_in_its_sequence(implementation, poisoned, packed):
-    """All other sequences have the bits they have beside a sound neighbour; the sick one is not made to look well."""
-    length = 3 if implementation.slow else 70
-    shape = {"lengths": (length,) * 3} if packed else {"B": 3, "T": length}
-    problem = make(H=1, R=4, decay=True, **shape).to(device=implementation.device)
+def test_nan_stays_in_its_sequence_and_head(implementation, poisoned, packed, R):
+    """All others have the bits they have beside a sound neighbour, though vectors hold several of them at once; and
+    the sick one is not made to look well."""
+    N, H, length = (2, 2, 3) if implementation.slow else (3, 3, 70)
+    shape = {"lengths": (length,) * N} if packed else {"B": N, "T": length}
+    problem = make(H=H, R=R, decay=True, **shape).to(device=implementation.device)
     weights = weights_of(problem)
+
+    def heads(x: Tensor, name: str) -> Tensor:
+        """A view as `[N, H, ...]`."""
+        if name.removeprefix("d_") in ("initial_state", "final_state"):
+            return x
+        return x.view(N, length, H, R).transpose(1, 2)
+
     sound = problem.forward_backward(implementation.backend, weights)
-    x = problem.operands[poisoned]
-    if packed and poisoned != "initial_state":
-        x[0, length + 1] = float("nan")
-    else:
-        x[1, 0 if poisoned == "initial_state" else 1] = float("nan")
+    heads(problem.operands[poisoned], poisoned)[1, 1, 1 if poisoned != "initial_state" else 0] = float("nan")
     sick = problem.forward_backward(implementation.backend, weights)
-
-    def sequence(results: dict[str, Tensor], name: str, n: int) -> Tensor:
-        if packed and name.removeprefix("d_") not in ("initial_state", "final_state"):
-            return results[name][0, n * length : (n + 1) * length]
-        return results[name][n]
-
+    others = torch.ones(N, H, dtype=torch.bool, device=implementation.device)
+    others[1, 1] = False
     for name in sound:
-        for n in (0, 2):
-            assert torch.equal(sequence(sick, name, n), sequence(sound, name, n)), f"{name} of sequence {n}"
-    assert sequence(sick, "reads", 1).isnan().any()
-    assert sequence(sick, "final_state", 1).isnan().any() == (poisoned != "q")
+        assert torch.equal(heads(sick[name], name)[others], heads(sound[name], name)[others]), name
+    assert heads(sick["reads"], "reads")[1, 1].isnan().any()
+    assert sick["final_state"][1, 1].isnan().any() == (poisoned != "q")
 
 
 def test_masked_tokens_see_neither_a_sick_state_nor_sick_gradients(implementation):
