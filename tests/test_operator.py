@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import itertools
 import resource
-import statistics
 import sys
 import threading
 import weakref
@@ -645,7 +644,8 @@ def test_other_threads_run_during_a_call():
         stop = True
         sys.setswitchinterval(interval)
         other.join()
-    # The first call starts threads and the like; and the machine may be busy with something else at times.
-    in_forward, in_backward = (statistics.median(during[1:]) for during in progress.values())
-    assert in_forward > 500, progress
+    # The first call starts threads and the like. In the others, the least counts: where the GIL is held, others get on
+    # when the system happens to stop this thread just where a call begins or ends, and not in each of five.
+    in_forward, in_backward = (min(during[1:]) for during in progress.values())
+    assert in_forward > 300, progress
     assert in_backward > in_forward, progress
