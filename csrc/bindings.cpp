@@ -136,32 +136,64 @@ void for_each_task(const Problem& p, F&& f) {
   at::parallel_for(0, tasks, std::max<int64_t>(1, 200000 / work), f);
 }
 
+std::vector<Piece> pieces(const Problem& p) {
+  std::vector<Piece> all;
+  for (int64_t task = 0; task < p.N * p.H; ++task) {
+    const int64_t n = task / p.H, length = p.cu_seqlens ? p.cu_seqlens[n + 1] - p.cu_seqlens[n] : p.T;
+    // A sequence without tokens is one piece as well: its state has to be handed on.
+    for (int64_t first = 0; first == 0 || first < length; first += kCheckpointInterval) all.push_back({task, first});
+  }
+  return all;
+}
+
+// The states between the chunks, [B, T / 64, H, R, R], from those before the first tokens; or, with d_reads, their
+// gradients, from those of the final states.
+void fill_between(const Problem& p, const std::vector<Piece>& pieces, const Operand* d_reads, const Operand& end_state,
+                  const Tensor& states) {
+  Tensor maps = at::empty({p.B * (p.T / kCheckpointInterval) * p.H * map_size(p.R)}, states.options());
+  at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+    kernels()->maps(p, d_reads, maps.data_ptr(), pieces.data(), begin, end);
+  });
+  at::parallel_for(0, p.N * p.H, 1, [&](int64_t begin, int64_t end) {
+    kernels()->fold(p, d_reads != nullptr, end_state, maps.data_ptr(), states.data_ptr(), begin, end);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
                                            const MaybeTensor& decay, const MaybeTensor& write,
                                            const MaybeTensor& initial_state, const MaybeTensor& mask,
-                                           const MaybeTensor& cu_seqlens, const std::string& mode, bool save) {
+                                           const MaybeTensor& cu_seqlens, const std::string& mode, bool save,
+                                           bool chunked) {
   const Inputs in = inputs(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode);
   const Problem& p = in.problem;
   const auto type = q.options().dtype(p.double_precision ? at::kDouble : at::kFloat);
   Tensor reads = at::empty(q.sizes(), q.options());
   Tensor final_state = at::empty({p.N, p.H, p.R, p.R}, type);
   // Slots between packed sequences are never read: zeros keep what is returned the same on every run.
-  Tensor checkpoints = !save         ? at::empty({0}, type)
+  Tensor checkpoints = !save && !chunked ? at::empty({0}, type)
                        : p.cu_seqlens ? at::zeros({p.B, p.T / kCheckpointInterval, p.H, p.R, p.R}, type)
                                       : at::empty({p.B, p.T / kCheckpointInterval, p.H, p.R, p.R}, type);
-  const ForwardOutput out{operand(reads), final_state.data_ptr(), save ? checkpoints.data_ptr() : nullptr};
+  const ForwardOutput out{operand(reads), final_state.data_ptr(), save || chunked ? checkpoints.data_ptr() : nullptr};
   {
     py::gil_scoped_release release;
-    for_each_task(p, [&](int64_t begin, int64_t end) { kernels()->forward(p, out, begin, end); });
+    if (chunked) {
+      const std::vector<Piece> all = pieces(p);
+      fill_between(p, all, nullptr, p.initial_state, checkpoints);
+      at::parallel_for(0, all.size(), 1, [&](int64_t begin, int64_t end) {
+        kernels()->forward_pieces(p, out, all.data(), begin, end);
+      });
+    } else {
+      for_each_task(p, [&](int64_t begin, int64_t end) { kernels()->forward(p, out, begin, end); });
+    }
   }
-  return {reads, final_state, checkpoints};
+  return {reads, final_state, save ? checkpoints : at::empty({0}, type)};
 }
 
 std::vector<MaybeTensor> backward(const MaybeTensor& d_reads, const MaybeTensor& d_final_state, const Tensor& q,
                                   const Tensor& k, const Tensor& v, const Tensor& beta, const MaybeTensor& decay,
                                   const MaybeTensor& write, const MaybeTensor& initial_state, const MaybeTensor& mask,
                                   const MaybeTensor& cu_seqlens, const Tensor& checkpoints, const std::string& mode,
-                                  const std::vector<bool>& needs) {
+                                  const std::vector<bool>& needs, bool chunked) {
   const Inputs in = inputs(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode);
   const Problem& p = in.problem;
   const MaybeTensor wanted[7] = {q, k, v, beta, decay, write, initial_state};
@@ -174,9 +206,20 @@ std::vector<MaybeTensor> backward(const MaybeTensor& d_reads, const MaybeTensor&
                            per_head(write),   operand(grads[6])};
   {
     py::gil_scoped_release release;
-    for_each_task(p, [&](int64_t begin, int64_t end) {
-      kernels()->backward(p, operand(d_reads), operand(d_final_state), checkpoints.data_ptr(), out, begin, end);
-    });
+    const Operand of_reads = operand(d_reads), of_final = operand(d_final_state);
+    if (chunked) {
+      const std::vector<Piece> all = pieces(p);
+      Tensor d_checkpoints = at::empty(checkpoints.sizes(), checkpoints.options());
+      fill_between(p, all, &of_reads, of_final, d_checkpoints);
+      at::parallel_for(0, all.size(), 1, [&](int64_t begin, int64_t end) {
+        kernels()->backward_pieces(p, of_reads, of_final, checkpoints.data_ptr(), d_checkpoints.data_ptr(), out,
+                                   all.data(), begin, end);
+      });
+    } else {
+      for_each_task(p, [&](int64_t begin, int64_t end) {
+        kernels()->backward(p, of_reads, of_final, checkpoints.data_ptr(), out, begin, end);
+      });
+    }
   }
   return grads;
 }

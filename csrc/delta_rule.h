@@ -98,6 +98,12 @@ DELTAMEM_INLINE L held_next(L keep, L ahead, L change, L overlap) {
   return fma(change, overlap, keep * ahead);
 }
 
+// The gradient G of the state after a token becomes that of the state before it; erased = erase (G k).
+template <class L, class X>
+DELTAMEM_INLINE void state_adjoint(L* G, const X& q, const X& k, L keep, L erased, L d_read, int R) {
+  for (int j = 0; j < R; ++j) G[j] = fma(d_read, q[j], fnma(erased, k[j], keep * G[j]));
+}
+
 // The adjoint of one token: G, the gradient of the state after it, becomes that of the state before it. S is the
 // state before the token, held = S k. d_q[j] and d_k[j] are this row's share: the caller adds up the rows.
 template <class L>
@@ -115,8 +121,8 @@ DELTAMEM_INLINE TokenGradients<L> token_adjoint(L* G, const L* S, const X& q, co
   for (int j = 0; j < R; ++j) {
     d_q[j] = d_read * S[j];
     d_k[j] = fnma(erased, S[j], change * G[j]);
-    G[j] = fma(d_read, q[j], fnma(erased, k[j], keep * G[j]));
   }
+  state_adjoint(G, q, k, keep, erased, d_read, R);
   return {d_keep, L{} - held * Gk, Gk};
 }
 

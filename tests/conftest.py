@@ -3,10 +3,11 @@ where there is no GPU. Inputs are random and fresh on every run; `--seed` repeat
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are loaded
 
 from deltamem_kernels.backends import extension
+from deltamem_kernels.backends.scan import force_scan
 
 CUDA = torch.cuda.is_available()
 
@@ -28,6 +30,8 @@ class Implementation:
     device: str = "cpu"
     isa: str | None = None
     slow: bool = False  # interpreted: a token costs milliseconds
+    chunked: bool = False  # every scan in chunks side by side
+    chunk: int = 64
 
     def __str__(self) -> str:
         return self.name
@@ -40,7 +44,9 @@ def implementations() -> list[Implementation]:
         if CUDA
         else Implementation("triton-interpreted", "triton", slow=True)
     )
-    return [Implementation("reference", "reference", "cuda" if CUDA else "cpu"), *cpu, triton]
+    cpu.append(replace(cpu[0], name=cpu[0].name + "-chunked", chunked=True))
+    chunked = replace(triton, name=triton.name + "-chunked", chunked=True, chunk=4)
+    return [Implementation("reference", "reference", "cuda" if CUDA else "cpu"), *cpu, triton, chunked]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,14 +65,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     chosen = request.param
-    if chosen.isa is None:
+    with contextlib.ExitStack() as stack:
+        if chosen.isa is not None:
+            library = extension.library()
+            stack.callback(library.use_isa, library.isa())
+            library.use_isa(chosen.isa)
+        if chosen.chunked:
+            stack.enter_context(force_scan(chunked=True))
+        if chosen.chunked and chosen.backend == "triton":
+            stack.enter_context(small_chunks(chosen.chunk))
         yield chosen
-        return
-    library = extension.library()
-    before = library.isa()
-    library.use_isa(chosen.isa)
-    yield chosen
-    library.use_isa(before)
+
+
+@contextlib.contextmanager
+def small_chunks(tokens: int = 4, group: int = 2, programs: int = 3) -> Iterator[None]:
+    """Chunks of few tokens, so that short sequences have many and more than one group, and backward's programs have
+    several turns."""
+    from deltamem_kernels.backends.triton import chunked, delta_update, launch
+    from deltamem_kernels.ops import delta_update as operator
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (operator, delta_update, launch):
+            patch.setattr(module, "CHECKPOINT_INTERVAL", tokens)
+        patch.setattr(chunked, "GROUP", group)
+        patch.setattr(delta_update, "HISTORY_BYTES", programs * tokens * 8 * 8 * 4)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,17 @@ from problems import (
     oracle,
 )
 
-CHUNK = 64
-LENGTHS = (0, 1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 2)
+LENGTHS = {
+    "0": (0, 0),
+    "1": (0, 1),
+    "2": (0, 2),
+    "C-1": (1, -1),
+    "C": (1, 0),
+    "C+1": (1, 1),
+    "2C": (2, 0),
+    "2C+2": (2, 2),
+}
+LENGTHS |= {"4C": (4, 0), "5C+1": (5, 1)}  # with more than one group of chunks
 RANKS = (1, 2, 3, 4, 5, 8, 12, 16, 33, 64, 128)
 GATES = [  # mode, free decay, beta per head, decay per head
     *itertools.product(("standard", "lambda_outside"), (False,), (False, True), (False,)),
@@ -50,9 +59,10 @@ def test_gates(implementation, mode, decay, beta_per_head, decay_per_head):
     check(make(T=T, mode=mode, decay=decay, beta_per_head=beta_per_head, decay_per_head=decay_per_head), implementation)
 
 
-@pytest.mark.parametrize("T", LENGTHS)
-def test_lengths(implementation, T):
+@pytest.mark.parametrize(("chunks", "tokens"), LENGTHS.values(), ids=LENGTHS)
+def test_lengths(implementation, chunks, tokens):
     slow = implementation.slow
+    T = chunks * implementation.chunk + tokens
     check(make(B=1 if slow else 2, T=T, H=1 if slow else 3, R=4 if slow else 8, mask=not slow), implementation)
 
 

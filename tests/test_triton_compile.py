@@ -28,6 +28,8 @@ VARIANTS: dict[str, dict] = {
     "gates per head": {"per_head": True},
     "four heads": {"heads": 4},
 }
+FOLDS = [f"{x}{of}" for of in ("", " adjoint") for x in ("maps", "fold maps", "fold groups", "fold")]
+SCANS = ["forward", "backward", *FOLDS, "forward of chunks", "backward of chunks"]
 PROGRAM = """
 import json, sys, torch
 from deltamem_kernels.backends.triton.compile_report import report
@@ -43,7 +45,7 @@ print(json.dumps(rows))
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, list]:
     """Rows by name, from one process without TRITON_INTERPRET: interpreted kernels cannot be compiled."""
-    wanted = {"headline": {"archs": ARCHS, "ranks": RANKS}}
+    wanted: dict[str, dict] = {"headline": {"archs": ARCHS, "ranks": RANKS}}
     wanted |= {name: {"archs": (90,), "ranks": (8,), **options} for name, options in VARIANTS.items()}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(deltamem_kernels.__file__).parent.parent)
@@ -57,7 +59,7 @@ def compiled() -> dict[str, list]:
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("kernel", ["forward", "backward", "step"])
+@pytest.mark.parametrize("kernel", [*SCANS, "step"])
 def test_no_spills(compiled, kernel, rank, arch):
     ((row, spills),) = [x for x in compiled["headline"] if x[0][:3] == (kernel, rank, arch)]
     print(row)
@@ -69,7 +71,7 @@ def test_no_spills(compiled, kernel, rank, arch):
 def test_variants_compile_without_spills(compiled, variant):
     rows = compiled[variant]
     step = [] if variant in ("affine", "packed and masked") else ["step"]
-    assert [row.kernel for row, _ in rows] == ["forward", "backward", *step]
+    assert [row.kernel for row, _ in rows] == [*SCANS, *step]
     for row, spills in rows:
         print(row)
         assert not spills, row
@@ -81,10 +83,11 @@ def test_a_lane_has_its_state_in_registers(compiled):
 
 
 def test_report_fails_on_a_spill(monkeypatch, capsys):
-    row = compile_report.Row("forward", 8, 90, registers=64, stack=0, spill_stores=0, spill_loads=0, shared=0)
-    monkeypatch.setattr(compile_report, "report", lambda: [row])
+    row = compile_report.Row("forward", 8, 90, 64, stack=0, spill_stores=0, spill_loads=0, shared=0, loops=(100,))
+    rows = [row, row._replace(kernel="maps", loops=(70,)), row._replace(kernel="fold", loops=(80,))]
+    monkeypatch.setattr(compile_report, "report", lambda: rows)
     assert compile_report.main() == 0
-    monkeypatch.setattr(compile_report, "report", lambda: [row, row._replace(stack=8, spill_stores=2, spill_loads=1)])
+    rows.append(row._replace(stack=8, spill_stores=2, spill_loads=1))
     assert compile_report.main() == 1
     assert "sm_90" in capsys.readouterr().out
 
@@ -93,3 +96,22 @@ def test_report_fails_on_a_spill(monkeypatch, capsys):
 def test_report_refuses_interpreted_kernels():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         compile_report.report()
+
+
+def test_what_the_loops_imply():
+    """By hand, for R = 8: 100 instructions a token; with chunks 64 tokens twice and a map for each of 128 chunks."""
+    row = compile_report.Row("forward", 8, 90, 64, stack=0, spill_stores=0, spill_loads=0, shared=0, loops=(100, 20))
+    rows = [row, row._replace(kernel="maps", loops=(70,)), row._replace(kernel="fold", loops=(80,))]
+    (of_8192,) = compile_report.estimate(rows, tokens=8192)
+    assert of_8192.chain == 40
+    assert of_8192.instructions == 100
+    cycles = of_8192._replace(plain=of_8192.plain * 1980, chunked=of_8192.chunked * 1980)
+    assert cycles.plain == pytest.approx(8192 * 100)
+    assert cycles.chunked == pytest.approx(64 * (100 + 70) + 128 * 80)
+
+
+def test_loops_are_found_in_assembly():
+    """The innermost ones, by the labels that jumps go back to; a jump to itself ends the kernel."""
+    lines = [".L_x_0:", "A", ".L_x_1:", "B", "C", "@P0 BRA `(.L_x_1)", "D", "BRA `(.L_x_0)", ".L_x_2:", "BRA `(.L_x_2)"]
+    assembly = "\n".join(x if x.startswith(".") else f"        /*00a0*/    {x} ;" for x in lines)
+    assert compile_report._loops(assembly) == (3,)

@@ -11,8 +11,7 @@
 #define DELTAMEM_VECTOR_BYTES 32
 #include "kernels.h"
 
-extern const deltamem::Kernels deltamem::kAvx2{"avx2", deltamem::avx2::forward, deltamem::avx2::backward,
-                                               deltamem::avx2::step};
+extern const deltamem::Kernels deltamem::kAvx2 = deltamem::avx2::kernels("avx2");
 
 #ifdef __clang__
 #pragma clang attribute pop

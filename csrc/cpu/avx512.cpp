@@ -11,8 +11,7 @@
 #define DELTAMEM_VECTOR_BYTES 64
 #include "kernels.h"
 
-extern const deltamem::Kernels deltamem::kAvx512{"avx512", deltamem::avx512::forward, deltamem::avx512::backward,
-                                                 deltamem::avx512::step};
+extern const deltamem::Kernels deltamem::kAvx512 = deltamem::avx512::kernels("avx512");
 
 #ifdef __clang__
 #pragma clang attribute pop

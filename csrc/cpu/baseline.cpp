@@ -3,5 +3,4 @@
 #define DELTAMEM_VECTOR_BYTES 16
 #include "kernels.h"
 
-extern const deltamem::Kernels deltamem::kBaseline{"baseline", deltamem::baseline::forward, deltamem::baseline::backward,
-                                                   deltamem::baseline::step};
+extern const deltamem::Kernels deltamem::kBaseline = deltamem::baseline::kernels("baseline");

@@ -55,14 +55,19 @@ DELTAMEM_INLINE void with_mode(const Problem& p, F&& f) {
   }
 }
 
-// The sequence and head of a task, its row of the batch and its tokens there.
+// The sequence and head of a task, its row of the batch and its tokens there, of which [begin, end) are to be run.
 struct Sequence {
-  int64_t n, h, b, start, length;
+  int64_t n, h, b, start, length, begin, end;
   Sequence() = default;
   Sequence(const Problem& p, int64_t task) : n(task / p.H), h(task % p.H) {
     b = p.cu_seqlens ? 0 : n;
     start = p.cu_seqlens ? p.cu_seqlens[n] : 0;
     length = p.cu_seqlens ? p.cu_seqlens[n + 1] - start : p.T;
+    begin = 0, end = length;
+  }
+  Sequence(const Problem& p, const Piece& piece) : Sequence(p, piece.task) {
+    begin = piece.first;
+    end = length - begin < kChunk ? length : begin + kChunk;
   }
   Span chunk(int64_t first) const {
     return {b, start + first, h, int(length - first < kChunk ? length - first : kChunk)};

@@ -2,6 +2,7 @@
 // names it in DELTAMEM_ISA and says how many bytes its vectors have.
 #pragma once
 
+#include "chunked.h"
 #include "step.h"
 
 namespace deltamem {
@@ -16,11 +17,11 @@ constexpr int kWide = DELTAMEM_VECTOR_BYTES / sizeof(float);
 template <int R>
 struct KnownRank : Tasks<Scan<float, kWide, Known<R>, (kWide > R ? kWide / R : 1)>,
                          Scan<float, (kWide < R ? kWide : R), Known<R>>>,
-                   StepScan<float, (kWide < R ? kWide : R), Known<R>> {
-};
+                   StepScan<float, (kWide < R ? kWide : R), Known<R>>,
+                   ChunkedScan<float, (kWide < R ? kWide : R), Known<R>> {};
 
 template <class T, int W = DELTAMEM_VECTOR_BYTES / sizeof(T)>
-struct AnyRank : Tasks<Scan<T, W, int>, Scan<T, W, int>>, StepScan<T, W, int> {};
+struct AnyRank : Tasks<Scan<T, W, int>, Scan<T, W, int>>, StepScan<T, W, int>, ChunkedScan<T, W, int> {};
 
 template <class F>
 void with_scan(const Problem& p, F&& f) {
@@ -42,8 +43,34 @@ inline void backward(const Problem& p, const Operand& d_reads, const Operand& d_
   with_scan(p, [&](auto scan) { scan.backward(p, d_reads, d_final_state, checkpoints, out, begin, end); });
 }
 
+inline void maps(const Problem& p, const Operand* d_reads, void* maps, const Piece* pieces, int64_t begin, int64_t end) {
+  with_scan(p, [&](auto scan) { scan.maps(p, d_reads, maps, pieces, begin, end); });
+}
+
+inline void fold(const Problem& p, bool adjoint, const Operand& end_state, const void* maps, void* states,
+                 int64_t begin, int64_t end) {
+  with_scan(p, [&](auto scan) { scan.fold(p, adjoint, end_state, maps, states, begin, end); });
+}
+
+inline void forward_pieces(const Problem& p, const ForwardOutput& out, const Piece* pieces, int64_t begin,
+                           int64_t end) {
+  with_scan(p, [&](auto scan) { scan.forward_pieces(p, out, pieces, begin, end); });
+}
+
+inline void backward_pieces(const Problem& p, const Operand& d_reads, const Operand& d_final_state,
+                            const void* checkpoints, const void* d_checkpoints, const BackwardOutput& out,
+                            const Piece* pieces, int64_t begin, int64_t end) {
+  with_scan(p, [&](auto scan) {
+    scan.backward_pieces(p, d_reads, d_final_state, checkpoints, d_checkpoints, out, pieces, begin, end);
+  });
+}
+
 inline void step(const Problem& p, const Step& s, int64_t begin, int64_t end) {
   with_scan(p, [&](auto scan) { scan.step(p, s, begin, end); });
+}
+
+inline constexpr Kernels kernels(const char* isa) {
+  return {isa, forward, backward, step, maps, fold, forward_pieces, backward_pieces};
 }
 
 }  // namespace DELTAMEM_ISA

@@ -54,13 +54,28 @@ struct Step {
 };
 constexpr int64_t kNoSlot = -1;
 
-// The work on sequences x heads [begin, end): any split over threads gives the same bits.
+// A chunk of one head: the sequence x head, and the first of its tokens, counted from the sequence's start.
+struct Piece {
+  int64_t task, first;
+};
+
+// What a chunk does to a state (forward) or to the gradient of one (adjoint): numbers of its map, see cpu/chunked.h.
+constexpr int64_t map_size(int64_t R) { return (R + 1) * R * ((R + 15) / 16 * 16); }
+
+// The work on sequences x heads [begin, end), or on the pieces: any split over threads gives the same bits. Between
+// chunks, `states` has the layout of the checkpoints: maps are [B, T / 64, H] and map_size(R) numbers each.
 struct Kernels {
   const char* isa;
   void (*forward)(const Problem&, const ForwardOutput&, int64_t begin, int64_t end);
   void (*backward)(const Problem&, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
                    const BackwardOutput&, int64_t begin, int64_t end);
   void (*step)(const Problem&, const Step&, int64_t begin, int64_t end);  // over the rows
+  void (*maps)(const Problem&, const Operand* d_reads, void* maps, const Piece*, int64_t begin, int64_t end);
+  void (*fold)(const Problem&, bool adjoint, const Operand& end_state, const void* maps, void* states, int64_t begin,
+               int64_t end);
+  void (*forward_pieces)(const Problem&, const ForwardOutput&, const Piece*, int64_t begin, int64_t end);
+  void (*backward_pieces)(const Problem&, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
+                          const void* d_checkpoints, const BackwardOutput&, const Piece*, int64_t begin, int64_t end);
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512;

@@ -68,21 +68,26 @@ struct Scan {
       fill(S, chunk.R * chunk.width(), T(0));
       for (int i = 0; states.data && i < P; ++i) load_state<W>(states, s[i].n, s[i].h, chunk.R, S, i * chunk.R);
     }
-    void load_checkpoint(const void* checkpoints, int64_t first) {
+    void load_checkpoint(const void* checkpoints, int64_t first, T* S) const {
       fill(S, chunk.R * chunk.width(), T(0));
       for (int i = 0; i < P; ++i)
         load_state<W>(contiguous_states(p, checkpoints), s[i].checkpoint(p, first), s[i].h, chunk.R, S, i * chunk.R);
     }
 
-    // The chunk's tokens into the rows of block i. `before(t, S k)` sees the state that token t finds.
-    template <Mode mode, bool coupled, class F>
+    void load_before(const void* checkpoints, int64_t first) {
+      first ? load_checkpoint(checkpoints, first, S) : load(p.initial_state, S);
+    }
+
+    // The chunk's tokens into the rows of block i. `before(t, S k)` sees the state that token t finds. Without values
+    // the tokens erase and decay only.
+    template <Mode mode, bool coupled, bool values = true, class F>
     DELTAMEM_INLINE void write_tokens(L* S, int i, F&& before) const {
       const auto& c = chunk;
       L held = dot(S, c.k.columns(0), c.R);
       for (int t = 0; t < c.n; ++t) {
         before(t, held);
         const auto token = c.template token<mode, coupled>(t, i);
-        const L change = change_by(token.erase, held, token.value);
+        const L change = change_by(token.erase, held, values ? token.value : L{});
         // The last token has no next key: any will do, its overlap is 0 and nothing asks for the result.
         const L ahead = dot(S, c.k.columns(t + 1 < c.n ? t + 1 : t), c.R);
         held = held_next(token.keep, ahead, change, c.overlap_at(t));
@@ -100,9 +105,9 @@ struct Scan {
         : Heads(p, tasks, arena), reads(arena.take<T>(kChunk * chunk.width())) {}
 
     void run(const ForwardOutput& out) {
-      this->load(p.initial_state, S);
-      for (int64_t first = 0; first < s[0].length; first += kChunk) {
-        for (int i = 0; first && out.checkpoints && i < P; ++i)
+      this->load_before(out.checkpoints, s[0].begin);
+      for (int64_t first = s[0].begin; first < s[0].end; first += kChunk) {
+        for (int i = 0; first > s[0].begin && out.checkpoints && i < P; ++i)
           store_state<W>(S, i * chunk.R, chunk.R, contiguous_states(p, out.checkpoints), s[i].checkpoint(p, first),
                          s[i].h);
         chunk.load(s, first);
@@ -114,7 +119,7 @@ struct Scan {
         chunk.leave_out(T(0), reads);
         for (int i = 0; i < P; ++i) unstage(out.reads, chunk.span[i], chunk.R, reads + i * chunk.R, chunk.width());
       }
-      for (int i = 0; i < P; ++i)
+      for (int i = 0; s[0].end == s[0].length && i < P; ++i)
         store_state<W>(S, i * chunk.R, chunk.R, contiguous_states(p, out.final_state), s[i].n, s[i].h);
     }
 
@@ -151,13 +156,15 @@ struct Scan {
       for (T*& piece : buffers) piece = arena.take<T>(kChunk * chunk.width());
     }
 
-    void run(const Operand& grad_reads, const Operand& grad_final, const void* checkpoints) {
-      this->load(grad_final, G);
-      for (int64_t first = (s[0].length + kChunk - 1) / kChunk * kChunk - kChunk; first >= 0; first -= kChunk) {
-        if (first)
-          this->load_checkpoint(checkpoints, first);
-        else
-          this->load(p.initial_state, S);
+    // grad_checkpoints: where the chunks of a sequence run side by side.
+    void run(const Operand& grad_reads, const Operand& grad_final, const void* checkpoints,
+             const void* grad_checkpoints = nullptr) {
+      if (s[0].end == s[0].length)
+        this->load(grad_final, G);
+      else
+        this->load_checkpoint(grad_checkpoints, s[0].end, G);
+      for (int64_t first = (s[0].end + kChunk - 1) / kChunk * kChunk - kChunk; first >= s[0].begin; first -= kChunk) {
+        this->load_before(checkpoints, first);
         chunk.load(s, first);
         if (grad_reads.data)
           chunk.copied(grad_reads, d_reads);
@@ -173,7 +180,7 @@ struct Scan {
         });
         write_out();
       }
-      for (int i = 0; out.initial_state.data && i < P; ++i)
+      for (int i = 0; s[0].begin == 0 && out.initial_state.data && i < P; ++i)
         store_state<W>(G, i * chunk.R, chunk.R, out.initial_state, s[i].n, s[i].h);
     }
 

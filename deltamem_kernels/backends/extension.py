@@ -19,6 +19,7 @@ import torch
 from torch._appdirs import user_cache_dir  # torch.utils.cpp_extension, which knows it too, needs setuptools
 
 from . import build
+from .scan import choose_scan
 
 _lock = threading.Lock()
 
@@ -42,12 +43,12 @@ def library() -> ModuleType:
 
 def delta_update_forward(*operands):
     """See `reference.delta_update_forward`."""
-    return _library().forward(*operands)
+    return _library().forward(*operands, choose_scan("cpu", *operands[0].shape[1:]).chunked)
 
 
 def delta_update_backward(*operands):
     """See `reference.delta_update_backward`."""
-    return _library().backward(*operands)
+    return _library().backward(*operands, choose_scan("cpu", *operands[2].shape[1:]).chunked)
 
 
 def delta_step(*operands):

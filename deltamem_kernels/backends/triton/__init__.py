@@ -107,12 +107,10 @@ def _mixed_interpretation(device: torch.device, wanted: bool) -> str | None:
     import triton
     import triton.language as tl
 
-    functions = [tl.sum]
-    kernels = sys.modules.get(f"{__name__}.delta_update")
-    if kernels is not None:
-        functions += [kernels.delta_update_forward_kernel, kernels.delta_update_backward_kernel]
-    interpreted = {not isinstance(function, triton.JITFunction) for function in functions}
-    if kernels is None:
+    loaded = [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]
+    kernels = [x for module in loaded for name, x in vars(module).items() if name.endswith("_kernel")]
+    interpreted = {not isinstance(function, triton.JITFunction) for function in (tl.sum, *kernels)}
+    if not kernels:
         interpreted.add(wanted)
     if len(interpreted) == 2 or (device.type == "cpu" and False in interpreted):
         return "TRITON_INTERPRET changed after triton or these kernels were loaded; set it before the first import"

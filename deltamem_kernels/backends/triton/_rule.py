@@ -21,7 +21,7 @@ import triton.language as tl
 _TOKENS = ("q", "k", "v", "beta", "decay", "write", "mask", "d_reads")
 _STATES = ("initial", "d_final")
 RUN_VARYING = [
-    *("T", "H", "p_cu_seqlens"),
+    *("N", "T", "H", "p_spans", "work"),
     *(f"p_{x}" for x in _TOKENS + _STATES),
     *(f"{x}_s{d}" for x in _TOKENS for d in "bthr" if f"{x}_s{d}" not in ("q_sr", "k_sr")),
     *(f"{x}_s{d}" for x in _STATES for d in "nhrc"),
@@ -34,35 +34,41 @@ PREFETCH = tl.constexpr(2)
 
 
 @triton.jit
-def program_indices(H, R: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr):
-    """Of this program, int64: sequence, head, row, number of q and k, column within a tile, place within a tile.
+def program_indices(i_p, H, R: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr):
+    """Of program i_p, int64: piece of work, head, row, number of q and k, column within a tile, place within a tile.
     And what exists: rows, numbers of q and k, numbers of a tile."""
-    i_p = tl.program_id(0).to(tl.int64)
+    i_p = tl.cast(i_p, tl.int64)
     groups = tl.cdiv(H, HEADS)
-    i_n, i_h = i_p // groups, (i_p % groups) * HEADS
+    i_w, i_h = i_p // groups, (i_p % groups) * HEADS
     if W == 1:
         i_x = tl.arange(0, HEADS * ROWS).to(tl.int64)
         i_h, i_r = i_h + i_x // ROWS, i_x % ROWS
         m_r = (i_h < H) & (i_r < R)
         i_h, i_r = tl.minimum(i_h, H - 1), tl.minimum(i_r, R - 1)
-        return i_n, i_h, i_r, i_r, i_x * 0, i_x, m_r, m_r, m_r
+        return i_w, i_h, i_r, i_r, i_x * 0, i_x, m_r, m_r, m_r
     else:
         i_r = tl.arange(0, ROWS)[None, :].to(tl.int64)
         i_c = tl.arange(0, W)[:, None].to(tl.int64)
         m_r, m_c = i_r < R, i_c < R
-        return i_n, i_h, tl.minimum(i_r, R - 1), i_c, i_c, i_c * ROWS + i_r, m_r, m_c, m_r & m_c
+        return i_w, i_h, tl.minimum(i_r, R - 1), i_c, i_c, i_c * ROWS + i_r, m_r, m_c, m_r & m_c
 
 
 @triton.jit
-def sequence_bounds(p_cu_seqlens, i_n, T):
-    """Batch row, first token and end of sequence i_n, int64. Tokens are in [0, T] whatever cu_seqlens holds."""
+def sequence_bounds(p_spans, i_n, T, SPAN: tl.constexpr):
+    """Batch row, first token and end of sequence i_n, int64. Tokens are in [0, T] whatever the spans hold: cu_seqlens
+    (SPAN = 1, all in row 0) or, of each sequence, these three numbers themselves (SPAN = 3)."""
     zero = i_n * 0
-    if p_cu_seqlens is None:
+    if p_spans is None:
         return i_n, zero, zero + T
     else:
-        start = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_n).to(tl.int64), 0), T)
-        stop = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_n + 1).to(tl.int64), start), T)
-        return zero, start, stop
+        p_spans += i_n * SPAN
+        i_b = zero
+        if SPAN == 3:
+            i_b = tl.load(p_spans)
+            p_spans += 1
+        start = tl.minimum(tl.maximum(tl.load(p_spans).to(tl.int64), 0), T)
+        stop = tl.minimum(tl.maximum(tl.load(p_spans + 1).to(tl.int64), start), T)
+        return i_b, start, stop
 
 
 # Loads and stores
@@ -72,6 +78,27 @@ def sequence_bounds(p_cu_seqlens, i_n, T):
 def operand(p_x, i_b, i_h, i_r, s_b, s_t, s_h, s_r):
     """[B, T, H, R] as this program reads it: pointers into token 0, and the stride of tokens."""
     return p_x + i_b * s_b + i_h * s_h + i_r * s_r, tl.cast(s_t, tl.int64)
+
+
+@triton.jit
+def token_operands(
+    p_q, p_k, p_v, p_beta, p_decay, p_write, p_mask, i_b, i_h, i_r, i_k,
+    q_sb, q_st, q_sh, q_sr, k_sb, k_st, k_sh, k_sr, v_sb, v_st, v_sh, v_sr, beta_sb, beta_st, beta_sh, beta_sr,
+    decay_sb, decay_st, decay_sh, decay_sr, write_sb, write_st, write_sh, write_sr, mask_sb, mask_st,
+):  # fmt: skip
+    """What load_token takes; beta in place of what is absent."""
+    q = operand(p_q, i_b, i_h, i_k, q_sb, q_st, q_sh, q_sr)
+    k = operand(p_k, i_b, i_h, i_k, k_sb, k_st, k_sh, k_sr)
+    v = operand(p_v, i_b, i_h, i_r, v_sb, v_st, v_sh, v_sr)
+    beta = operand(p_beta, i_b, i_h, i_r, beta_sb, beta_st, beta_sh, beta_sr)
+    decay, write, mask = beta, beta, beta
+    if p_decay is not None:
+        decay = operand(p_decay, i_b, i_h, i_r, decay_sb, decay_st, decay_sh, decay_sr)
+    if p_write is not None:
+        write = operand(p_write, i_b, i_h, i_r, write_sb, write_st, write_sh, write_sr)
+    if p_mask is not None:
+        mask = operand(p_mask, i_b, 0, 0, mask_sb, mask_st, 0, 0)
+    return q, k, v, beta, decay, write, mask
 
 
 @triton.jit
@@ -300,13 +327,21 @@ def write_row(b_s, b_k, b_v, b_erase, b_write, NC: tl.constexpr, W: tl.constexpr
 
 
 @triton.jit
+def state_adjoint(b_g, b_q, b_k, b_keep, b_erased, b_dread, NC: tl.constexpr):
+    """The gradient of the state before a token from that of the state after it, G, with erased = erase (G k)."""
+    # Only the last product waits for G k, that is for the G before it.
+    return combine(1.0, combine(b_keep, b_g, b_dread, b_q, NC), -b_erased, b_k, NC)
+
+
+@triton.jit
 def scan_tokens(
-    b_s, x, start, stop, p_reads, reads_st, p_history, history_st, history_sc, m_r, m_k,
+    b_s, x, start, stop, p_reads, reads_st, p_history, history_st, history_sc, m_r, m_k, m_v,
     MODE: tl.constexpr, DECAY: tl.constexpr, MASK: tl.constexpr, READS: tl.constexpr, HISTORY: tl.constexpr,
     HEADS: tl.constexpr, ROWS: tl.constexpr, NC: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """The state after tokens [start, stop), at least one, from the state b_s before them. On the way READS stores each
-    token's read, and HISTORY the state it was taken from, at p_history + (token - start) * history_st."""
+    token's read, and HISTORY the state it was taken from, at p_history + (token - start) * history_st. Where m_v is
+    given, the lanes outside of it erase and decay but write no values."""
     dtype: tl.constexpr = b_s[0].dtype
     WRITE: tl.constexpr = MODE == "affine"
     AHEAD: tl.constexpr = PREFETCH if W == 1 else 0
@@ -319,6 +354,8 @@ def scan_tokens(
         token, ahead = ahead[0], ahead[1:]
         b_q, b_k, b_v, b_beta, b_decay, b_write = decode_token(token, dtype, DECAY, MASK, HEADS, ROWS, NC, W)
         b_keep, b_erase, b_write = gates(b_beta, b_decay, b_write, MODE)
+        if m_v is not None:
+            b_v = tl.where(m_v, b_v, 0.0)
         if READS:
             store(p_reads + i_t * reads_st, unmasked(dot(b_s, b_q, NC, W), token[6], 0.0, dtype, MASK), m_r)
         if HISTORY:

@@ -1,4 +1,5 @@
-"""Backward of the delta rule: a program walks HEADS heads of one sequence from its last token to its first.
+"""Backward of the delta rule: a program walks HEADS heads of one sequence, or of one of its chunks, from the last token
+to the first.
 
 Chunk by chunk: from the state that forward saved before the chunk, its tokens are run again and their states kept;
 then the gradient of the state goes back through them. All sums over rows are within the program.
@@ -9,6 +10,7 @@ then the gradient of the state goes back through them. All sums over rows are wi
 import triton
 import triton.language as tl
 
+from ._chunks import work_of
 from ._rule import (
     RUN_VARYING,
     combine,
@@ -24,11 +26,12 @@ from ._rule import (
     program_indices,
     scale,
     scan_tokens,
-    sequence_bounds,
+    state_adjoint,
     store,
     store_state,
     sum_rows,
     sum_rows_of_tiles,
+    token_operands,
     unmasked,
     write_row,
     zero_state,
@@ -60,14 +63,14 @@ def store_columns(
 
 @triton.jit(do_not_specialize=RUN_VARYING)
 def delta_update_backward_kernel(
-    p_dq, p_dk, p_dv, p_dbeta, p_ddecay, p_dwrite, p_dinitial, p_history, p_checkpoints, p_d_reads, p_d_final,
-    p_q, p_k, p_v, p_beta, p_decay, p_write, p_initial, p_mask, p_cu_seqlens, T, H,
+    p_dq, p_dk, p_dv, p_dbeta, p_ddecay, p_dwrite, p_dinitial, p_history, p_checkpoints, p_ends, p_d_reads, p_d_final,
+    p_q, p_k, p_v, p_beta, p_decay, p_write, p_initial, p_mask, p_spans, N, T, H, work,
     d_reads_sb, d_reads_st, d_reads_sh, d_reads_sr, d_final_sn, d_final_sh, d_final_sr, d_final_sc,
     q_sb, q_st, q_sh, q_sr, k_sb, k_st, k_sh, k_sr, v_sb, v_st, v_sh, v_sr, beta_sb, beta_st, beta_sh, beta_sr,
     decay_sb, decay_st, decay_sh, decay_sr, write_sb, write_st, write_sh, write_sr,
     initial_sn, initial_sh, initial_sr, initial_sc, mask_sb, mask_st,
     BETA_PER_HEAD: tl.constexpr, DECAY_PER_HEAD: tl.constexpr, WRITE_PER_HEAD: tl.constexpr,
-    MODE: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr,
+    MODE: tl.constexpr, CHUNKED: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr,
     HEADS: tl.constexpr, ROWS: tl.constexpr, NC: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = p_checkpoints.dtype.element_ty
@@ -77,105 +80,105 @@ def delta_update_backward_kernel(
     # Without the gradients of q, k, beta and decay nobody asks for a token's state.
     HISTORY: tl.constexpr = p_history is not None
     AHEAD: tl.constexpr = 1 if W == 1 else 0
-    H = tl.cast(H, tl.int64)
-    i_n, i_h, i_r, i_k, i_c, i_x, m_r, m_k, m_s = program_indices(H, R, HEADS, ROWS, W)
-    i_b, start, stop = sequence_bounds(p_cu_seqlens, i_n, T)
+    N, T, H = tl.cast(N, tl.int64), tl.cast(T, tl.int64), tl.cast(H, tl.int64)
+    # A program goes on to further pieces of work, so that the history need not have room for all of them.
+    for i_p in range(tl.program_id(0), work, tl.num_programs(0)):
+        i_w, i_h, i_r, i_k, i_c, i_x, m_r, m_k, m_s = program_indices(i_p, H, R, HEADS, ROWS, W)
+        i_n, i_b, start, stop, i_slot, i_first, i_last = work_of(i_w, p_spans, N, T, SPAN, CHUNK, CHUNKED)
+        x = token_operands(
+            p_q, p_k, p_v, p_beta, p_decay, p_write, p_mask, i_b, i_h, i_r, i_k,
+            q_sb, q_st, q_sh, q_sr, k_sb, k_st, k_sh, k_sr, v_sb, v_st, v_sh, v_sr, beta_sb, beta_st, beta_sh, beta_sr,
+            decay_sb, decay_st, decay_sh, decay_sr, write_sb, write_st, write_sh, write_sr, mask_sb, mask_st,
+        )  # fmt: skip
+        d_reads = operand(p_d_reads, i_b, i_h, i_r, d_reads_sb, d_reads_st, d_reads_sh, d_reads_sr)
 
-    q = operand(p_q, i_b, i_h, i_k, q_sb, q_st, q_sh, q_sr)
-    k = operand(p_k, i_b, i_h, i_k, k_sb, k_st, k_sh, k_sr)
-    v = operand(p_v, i_b, i_h, i_r, v_sb, v_st, v_sh, v_sr)
-    beta = operand(p_beta, i_b, i_h, i_r, beta_sb, beta_st, beta_sh, beta_sr)
-    d_reads = operand(p_d_reads, i_b, i_h, i_r, d_reads_sb, d_reads_st, d_reads_sh, d_reads_sr)
-    decay, write, mask = beta, beta, beta
-    if DECAY:
-        decay = operand(p_decay, i_b, i_h, i_r, decay_sb, decay_st, decay_sh, decay_sr)
-    if WRITE:
-        write = operand(p_write, i_b, i_h, i_r, write_sb, write_st, write_sh, write_sr)
-    if MASK:
-        mask = operand(p_mask, i_b, 0, 0, mask_sb, mask_st, 0, 0)
-    x = (q, k, v, beta, decay, write, mask)
-
-    b_g = zero_state(i_x, dtype, NC)
-    if p_d_final is not None:
-        p_d_final += i_n * d_final_sn + i_h * d_final_sh + i_r * d_final_sr + i_c * d_final_sc
-        b_g = load_state(p_d_final, tl.cast(d_final_sc, tl.int64), m_s, dtype, NC)
-    if p_initial is not None:
-        p_initial += i_n * initial_sn + i_h * initial_sh + i_r * initial_sr + i_c * initial_sc
-    history_sc = HEADS * ROWS * W
-    history_st = NC * history_sc
-    if HISTORY:
-        p_history += tl.program_id(0).to(tl.int64) * CHUNK * history_st + i_x
-    # Gradients are contiguous, [B, T, H, R] or, of a gate per head, [B, T, H].
-    o_head = i_b * T * H + i_h + i_r * 0
-    o_row, o_column, o_state = o_head * R + i_r, (i_b * T * H + i_h) * R + i_k, i_r * R + i_c
-    i_slot = i_b * (T // CHUNK) + start // CHUNK - 1
-
-    chunks = tl.cdiv(stop - start, CHUNK)
-    for i_back in range(chunks):
-        i_chunk = chunks - 1 - i_back
-        first = start + i_chunk * CHUNK
-        last = tl.minimum(first + CHUNK, stop) - 1
+        b_g = zero_state(i_x, dtype, NC)
+        inner = i_x * 0 != 0  # in every lane: the interpreter takes no mask from a block and a scalar
+        if CHUNKED:
+            inner = i_x * 0 + i_last < tl.cdiv(stop - start, CHUNK)
+        if p_d_final is not None:
+            p_end = p_d_final + i_n * d_final_sn + i_h * d_final_sh + i_r * d_final_sr + i_c * d_final_sc
+            b_g = load_state(p_end, tl.cast(d_final_sc, tl.int64), m_s & ~inner, dtype, NC)
+        if CHUNKED:
+            p_slot = p_ends + ((i_slot + i_last) * H + i_h) * R * R + i_r * R + i_c
+            m_end = m_s & inner & (i_x * 0 + i_last > 0)
+            b_g = combine(1.0, b_g, 1.0, load_state(p_slot, 1, m_end, dtype, NC), NC)  # one of the two is zeros
+        history_sc = HEADS * ROWS * W
+        history_st = NC * history_sc
+        p_states = p_history
         if HISTORY:
-            p_slot = p_checkpoints + ((i_slot + i_chunk) * H + i_h) * R * R + o_state
-            later = i_x * 0 + i_chunk > 0  # in every lane: the interpreter takes no mask from a block and a scalar
-            b_start = load_state(p_slot, 1, m_s & later, dtype, NC)
-            if p_initial is not None:
-                b_initial = load_state(p_initial, tl.cast(initial_sc, tl.int64), m_s & ~later, dtype, NC)
-                b_start = combine(1.0, b_start, 1.0, b_initial, NC)  # one of the two is zeros
-            scan_tokens(
-                b_start, x, first, last + 1, p_history, 0, p_history, history_st, history_sc, m_r, m_k,
-                MODE, DECAY, MASK, False, True, HEADS, ROWS, NC, W,
-            )  # fmt: skip
-            tl.debug_barrier()  # a lane may read what another stored
-        b_s = ()
-        if HISTORY:
-            b_s = load_tiles(p_history + (last - first) * history_st, history_sc, NC)
-        ahead = ()
-        for i in tl.static_range(AHEAD):
-            i_ahead = tl.maximum(last - i, first)
-            token = load_token(x, i_ahead, m_k, True, DECAY, WRITE, MASK, W)
-            ahead = ahead + ((token, load_row(d_reads, i_ahead)),)
-        for i in range(last - first + 1):
-            i_t = last - i
-            i_ahead = tl.maximum(i_t - AHEAD, first)
-            token = load_token(x, i_ahead, m_k, True, DECAY, WRITE, MASK, W)
-            ahead = ahead + ((token, load_row(d_reads, i_ahead)),)
-            step, ahead = ahead[0], ahead[1:]
-            token, b_dread = step
-            b_mask = token[6]
-            b_q, b_k, b_v, b_beta, b_decay, b_write = decode_token(token, dtype, DECAY, MASK, HEADS, ROWS, NC, W)
-            b_keep, b_erase, b_write = gates(b_beta, b_decay, b_write, MODE)
-            b_dread = unmasked(b_dread, b_mask, 0.0, dtype, MASK)
-            b_gk = dot(b_g, b_k, NC, W)
-            b_erased = b_erase * b_gk
-            o_t = i_t * H * R
-            if p_dq is not None:
-                b_dq = scale(b_dread, b_s, NC)
-                store_columns(p_dq + o_t + o_column, b_dq, b_mask, m_r, m_k, MASK, R, HEADS, ROWS, NC, W)
-            if p_dk is not None:
-                b_dk = combine(write_row(b_s, b_k, b_v, b_erase, b_write, NC, W), b_g, -b_erased, b_s, NC)
-                store_columns(p_dk + o_t + o_column, b_dk, b_mask, m_r, m_k, MASK, R, HEADS, ROWS, NC, W)
-            if p_dv is not None:
-                store_row(p_dv + o_t + o_row, b_write * b_gk, b_mask, i_r, m_r, MASK, False, R, HEADS, ROWS, W)
-            b_dwrite = b_v * b_gk
-            b_dkeep, b_derase = b_dwrite, b_dwrite
+            p_states += tl.program_id(0).to(tl.int64) * CHUNK * history_st + i_x
+        # Gradients are contiguous, [B, T, H, R] or, of a gate per head, [B, T, H].
+        o_head = i_b * T * H + i_h + i_r * 0
+        o_row, o_column, o_state = o_head * R + i_r, (i_b * T * H + i_h) * R + i_k, i_r * R + i_c
+
+        for i_back in range(i_last - i_first):
+            i_chunk = i_last - 1 - i_back
+            first = start + i_chunk * CHUNK
+            last = tl.minimum(first + CHUNK, stop) - 1
             if HISTORY:
-                b_dkeep, b_derase = dot(b_g, b_s, NC, W), -b_gk * dot(b_s, b_k, NC, W)
-                # Not sooner: both states at once are too many registers.
-                b_s = load_tiles(p_history + (tl.maximum(i_t - 1, first) - first) * history_st, history_sc, NC)
-            b_dbeta, b_ddecay, b_dwrite = gates_adjoint(b_beta, b_decay, b_dkeep, b_derase, b_dwrite, MODE, DECAY)
-            if p_dbeta is not None:
-                p_out = p_dbeta + (i_t * H + o_head if BETA_PER_HEAD else o_t + o_row)
-                store_row(p_out, b_dbeta, b_mask, i_r, m_r, MASK, BETA_PER_HEAD, R, HEADS, ROWS, W)
-            if p_ddecay is not None:
-                p_out = p_ddecay + (i_t * H + o_head if DECAY_PER_HEAD else o_t + o_row)
-                store_row(p_out, b_ddecay, b_mask, i_r, m_r, MASK, DECAY_PER_HEAD, R, HEADS, ROWS, W)
-            if p_dwrite is not None:
-                p_out = p_dwrite + (i_t * H + o_head if WRITE_PER_HEAD else o_t + o_row)
-                store_row(p_out, b_dwrite, b_mask, i_r, m_r, MASK, WRITE_PER_HEAD, R, HEADS, ROWS, W)
-            # Only the last product waits for G k, that is for the G before it.
-            b_g = combine(1.0, combine(b_keep, b_g, b_dread, b_q, NC), -b_erased, b_k, NC)
-        if HISTORY:
-            tl.debug_barrier()  # the next chunk's states take the place of this one's
-    if p_dinitial is not None:
-        store_state(p_dinitial + (i_n * H + i_h) * R * R + o_state, 1, b_g, m_s, NC)
+                p_slot = p_checkpoints + ((i_slot + i_chunk) * H + i_h) * R * R + o_state
+                later = i_x * 0 + i_chunk > 0
+                b_start = load_state(p_slot, 1, m_s & later, dtype, NC)
+                if p_initial is not None:
+                    p_start = p_initial + i_n * initial_sn + i_h * initial_sh + i_r * initial_sr + i_c * initial_sc
+                    b_initial = load_state(p_start, tl.cast(initial_sc, tl.int64), m_s & ~later, dtype, NC)
+                    b_start = combine(1.0, b_start, 1.0, b_initial, NC)  # one of the two is zeros
+                scan_tokens(
+                    b_start, x, first, last + 1, p_states, 0, p_states, history_st, history_sc, m_r, m_k, None,
+                    MODE, DECAY, MASK, False, True, HEADS, ROWS, NC, W,
+                )  # fmt: skip
+                tl.debug_barrier()  # a lane may read what another stored
+            b_s = ()
+            if HISTORY:
+                b_s = load_tiles(p_states + (last - first) * history_st, history_sc, NC)
+            ahead = ()
+            for i in tl.static_range(AHEAD):
+                i_ahead = tl.maximum(last - i, first)
+                token = load_token(x, i_ahead, m_k, True, DECAY, WRITE, MASK, W)
+                ahead = ahead + ((token, load_row(d_reads, i_ahead)),)
+            for i in range(last - first + 1):
+                i_t = last - i
+                i_ahead = tl.maximum(i_t - AHEAD, first)
+                token = load_token(x, i_ahead, m_k, True, DECAY, WRITE, MASK, W)
+                ahead = ahead + ((token, load_row(d_reads, i_ahead)),)
+                step, ahead = ahead[0], ahead[1:]
+                token, b_dread = step
+                b_mask = token[6]
+                b_q, b_k, b_v, b_beta, b_decay, b_write = decode_token(token, dtype, DECAY, MASK, HEADS, ROWS, NC, W)
+                b_keep, b_erase, b_write = gates(b_beta, b_decay, b_write, MODE)
+                b_dread = unmasked(b_dread, b_mask, 0.0, dtype, MASK)
+                b_gk = dot(b_g, b_k, NC, W)
+                b_erased = b_erase * b_gk
+                o_t = i_t * H * R
+                if p_dq is not None:
+                    b_dq = scale(b_dread, b_s, NC)
+                    store_columns(p_dq + o_t + o_column, b_dq, b_mask, m_r, m_k, MASK, R, HEADS, ROWS, NC, W)
+                if p_dk is not None:
+                    b_dk = combine(write_row(b_s, b_k, b_v, b_erase, b_write, NC, W), b_g, -b_erased, b_s, NC)
+                    store_columns(p_dk + o_t + o_column, b_dk, b_mask, m_r, m_k, MASK, R, HEADS, ROWS, NC, W)
+                if p_dv is not None:
+                    store_row(p_dv + o_t + o_row, b_write * b_gk, b_mask, i_r, m_r, MASK, False, R, HEADS, ROWS, W)
+                b_dwrite = b_v * b_gk
+                b_dkeep, b_derase = b_dwrite, b_dwrite
+                if HISTORY:
+                    b_dkeep, b_derase = dot(b_g, b_s, NC, W), -b_gk * dot(b_s, b_k, NC, W)
+                    # Not sooner: both states at once are too many registers.
+                    b_s = load_tiles(p_states + (tl.maximum(i_t - 1, first) - first) * history_st, history_sc, NC)
+                b_dbeta, b_ddecay, b_dwrite = gates_adjoint(b_beta, b_decay, b_dkeep, b_derase, b_dwrite, MODE, DECAY)
+                if p_dbeta is not None:
+                    p_out = p_dbeta + (i_t * H + o_head if BETA_PER_HEAD else o_t + o_row)
+                    store_row(p_out, b_dbeta, b_mask, i_r, m_r, MASK, BETA_PER_HEAD, R, HEADS, ROWS, W)
+                if p_ddecay is not None:
+                    p_out = p_ddecay + (i_t * H + o_head if DECAY_PER_HEAD else o_t + o_row)
+                    store_row(p_out, b_ddecay, b_mask, i_r, m_r, MASK, DECAY_PER_HEAD, R, HEADS, ROWS, W)
+                if p_dwrite is not None:
+                    p_out = p_dwrite + (i_t * H + o_head if WRITE_PER_HEAD else o_t + o_row)
+                    store_row(p_out, b_dwrite, b_mask, i_r, m_r, MASK, WRITE_PER_HEAD, R, HEADS, ROWS, W)
+                b_g = state_adjoint(b_g, b_q, b_k, b_keep, b_erased, b_dread, NC)
+            if HISTORY:
+                tl.debug_barrier()  # the next chunk's states take the place of this one's
+        if p_dinitial is not None:
+            if CHUNKED:
+                m_s = m_s & (i_x * 0 + i_first == 0)
+            store_state(p_dinitial + (i_n * H + i_h) * R * R + o_state, 1, b_g, m_s, NC)

@@ -1,6 +1,6 @@
-"""Registers and spills of the kernels, compiled ahead of time: no GPU is needed.
+"""Registers, spills and inner loops of the kernels, compiled ahead of time, and what time they imply: no GPU is needed.
 
-`python -m deltamem_kernels.backends.triton.compile_report` prints the table, and exits with 1 on a spill.
+`python -m deltamem_kernels.backends.triton.compile_report` prints both tables, and exits with 1 on a spill.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..reference import CHECKPOINT_INTERVAL
+from ..scan import MAP_RANK, force_scan
+
 TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -23,6 +26,9 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+
+TOKENS = 16384
+"""Enough for groups of chunks; nothing runs."""
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -38,6 +44,9 @@ class Row(NamedTuple):
     spill_loads: int
     shared: int
     """Bytes a program."""
+    loops: tuple[int, ...]
+    """Instructions of each loop that has no other inside, the longest first: one turn is a token (backward has two such
+    loops, to run the tokens again and to go back) or a map; short ones look for a sequence."""
 
     @property
     def spills(self) -> bool:
@@ -55,35 +64,24 @@ def report(
     mask: bool = False,
     cu_seqlens: bool = False,
 ) -> list[Row]:
-    """The kernels for each arch (90 is sm_90) and rank: forward with saved states, backward with all gradients, a step
-    with all it can be given (there is none in mode "affine", masked or packed); the operands in `dtype`, the state in
-    the dtype of the arithmetic. Needs Triton, and TRITON_INTERPRET unset."""
+    """The kernels for each arch (90 is sm_90) and rank: forward with saved states, backward with all gradients, the
+    same chunked (up to the rank where that pays) with the kernels that are launched before them, a step with all it can
+    be given (there is none in mode "affine", masked or packed); the operands in `dtype`, the state in the dtype of the
+    arithmetic. Needs Triton, and TRITON_INTERPRET unset."""
     import triton
 
-    from . import delta_update, step
+    from . import delta_update
 
     if not isinstance(delta_update.delta_update_forward_kernel, triton.JITFunction):
         raise RuntimeError("the report compiles the kernels: run it without TRITON_INTERPRET")
     rows = []
     for rank in ranks:
         operands = _operands(rank, heads, dtype, mode, free_decay, per_head, mask, cu_seqlens)
-        _, forward = delta_update.forward_arguments(*operands, mode, True)
-        needs = [x is not None for x in operands[:7]]
-        _, backward = delta_update.backward_arguments(
-            forward["p_reads"], forward["p_final"], *operands, forward["p_checkpoints"], mode, needs
-        )
-        kernels = [
-            ("forward", delta_update.delta_update_forward_kernel, forward),
-            ("backward", delta_update.delta_update_backward_kernel, backward),
-        ]
+        kernels = _scans(operands, mode)
+        if rank <= MAP_RANK:
+            kernels += _chunked_scans(operands, mode)
         if mode != "affine" and not mask and not cu_seqlens:
-            q, k, v, beta, decay, _, state = operands[:7]
-            slots = torch.zeros(q.shape[:2], dtype=torch.int32)
-            states = state.new_empty(*q.shape, rank)
-            _, one = step.step_arguments(
-                state, q, k, v, beta, decay, slots, slots[:, 0], states, q, mode, pad_slot_id=-1, update_state=True
-            )
-            kernels.append(("step", step.delta_step_kernel, one))
+            kernels.append(_step(operands, mode))
         rows += [
             Row(name, rank, arch, *_usage(_compile(kernel, arguments, arch)))
             for arch in archs
@@ -92,9 +90,53 @@ def report(
     return rows
 
 
+def _scans(operands: list, mode: str, chunked: bool = False) -> list[tuple]:
+    """Name, kernel and arguments."""
+    from . import delta_update
+
+    needs = [x is not None for x in operands[:7]]
+    with force_scan(chunked):
+        _, forward = delta_update.forward_arguments(*operands, mode, True)
+        _, backward = delta_update.backward_arguments(
+            forward["p_reads"], forward["p_final"], *operands, forward["p_checkpoints"], mode, needs
+        )
+    of = " of chunks" if chunked else ""
+    return [
+        (f"forward{of}", delta_update.delta_update_forward_kernel, forward),
+        (f"backward{of}", delta_update.delta_update_backward_kernel, backward),
+    ]
+
+
+def _chunked_scans(operands: list, mode: str) -> list[tuple]:
+    from .chunked import fold_launches
+
+    (_, _, forward), (_, _, backward) = scans = _scans(operands, mode, chunked=True)
+    kernels = []
+    for arguments, d_reads, end, out, of in (
+        (forward, None, forward["p_initial"], forward["p_checkpoints"], ""),
+        (backward, backward["p_d_reads"], backward["p_d_final"], backward["p_ends"], " adjoint"),
+    ):
+        launches = fold_launches(arguments, d_reads, end, out, mode)
+        names = (f"maps{of}", f"fold maps{of}", f"fold groups{of}", f"fold{of}")
+        kernels += [(name, kernel, given) for name, (kernel, _, given) in zip(names, launches, strict=True)]
+    return [*kernels, *scans]
+
+
+def _step(operands: list, mode: str) -> tuple:
+    from . import step
+
+    q, k, v, beta, decay, _, state = operands[:7]
+    slots = torch.zeros(q.shape[:2], dtype=torch.int32)
+    states = state.new_empty(*q.shape, q.shape[-1])
+    _, arguments = step.step_arguments(
+        state, q, k, v, beta, decay, slots, slots[:, 0], states, q, mode, pad_slot_id=-1, update_state=True
+    )
+    return "step", step.delta_step_kernel, arguments
+
+
 def _operands(rank, heads, dtype, mode, free_decay, per_head, mask, cu_seqlens) -> list[torch.Tensor | None]:
     """Operands of the ops in their order; only dtypes, shapes and strides matter."""
-    B, T = 1, 128
+    B, T = 1, TOKENS
     q, k, v = (torch.empty(B, T, heads, rank, dtype=dtype) for _ in range(3))
     beta, decay, write = (q[..., 0] if per_head else q for _ in range(3))
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -137,8 +179,8 @@ def _compile(kernel, arguments: dict, arch: int) -> bytes:
     return compiled.asm["cubin"]
 
 
-def _usage(cubin: bytes) -> tuple[int, int, int, int, int]:
-    """Registers, stack, spill stores, spill loads and shared memory, by the tools in Triton's wheel."""
+def _usage(cubin: bytes) -> tuple[int, int, int, int, int, tuple[int, ...]]:
+    """What a Row has from `registers` on, by the tools in Triton's wheel."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -146,7 +188,23 @@ def _usage(cubin: bytes) -> tuple[int, int, int, int, int]:
         assembly = _run("nvdisasm", "--print-code", str(path))
     registers, stack, shared = (int(re.search(rf"{x}:(\d+)", resources)[1]) for x in ("REG", "STACK", "SHARED"))
     stores, loads = (len(re.findall(rf"\b{x}\b", assembly)) for x in ("STL", "LDL"))
-    return registers, stack, stores, loads, shared
+    return registers, stack, stores, loads, shared, _loops(assembly)
+
+
+def _loops(assembly: str) -> tuple[int, ...]:
+    """Instructions of each innermost loop: from a label to a jump back to it."""
+    count, labels, loops = 0, {}, []
+    for line in assembly.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = count
+        if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            if jump and labels.get(jump[1], count) < count - 1:  # the end of a kernel is a jump to itself
+                loops.append((labels[jump[1]], count))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    return tuple(sorted((b - a for a, b in inner), reverse=True))
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -156,13 +214,65 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+CLOCK_GHZ, BYTES_PER_SECOND, SCHEDULERS, LATENCY = 1.98, 4.3e12, 4 * 132, 4
+"""Of an H200: its highest clock, a measured copy, the warps that can start an instruction in the same cycle, and the
+cycles from one fused multiply-add to one that waits for it."""
+
+
+class Estimate(NamedTuple):
+    """For one sequence of one head in 16 bits, on paper: microseconds without launches."""
+
+    rank: int
+    tokens: int
+    chain: int
+    """Cycles a token's dependent operations take: a dot product, the change it makes, the state after it."""
+    instructions: int
+    """Of one warp a token; it starts one a cycle at most."""
+    plain: float
+    chunked: float
+    byte_floor: float
+
+
+def estimate(rows: list[Row], tokens: int = 8192) -> list[Estimate]:
+    """Of the forward scan, from the rows of one arch. A warp needs whatever is more, the chain or its instructions; and
+    with more warps than schedulers, they take turns."""
+    from .chunked import GROUP
+    from .launch import LANES, tiling
+
+    loops = {(row.kernel, row.rank): row.loops[0] for row in rows}
+    estimates = []
+    for rank in sorted({row.rank for row in rows}):
+        chain = (rank + 2) * LATENCY
+        token, virtual, fold = (loops[x, rank] for x in ("forward", "maps", "fold"))
+        chunks = tokens // CHECKPOINT_INTERVAL
+        warps_of_maps = chunks * -(-(rank + 1) // tiling(rank + 1, rank)["HEADS"])
+        maps = max(chain, virtual, virtual * warps_of_maps / SCHEDULERS)
+        folds = min(chunks, 2 * GROUP + chunks // GROUP) * fold
+        # With more than one group, each virtual row goes through all maps once more.
+        warps_of_fold = (rank + 1) * rank * rank / LANES
+        folds = max(folds, (chunks > GROUP) * chunks * fold * warps_of_fold / SCHEDULERS)
+        plain = tokens * max(chain, token)
+        chunked = CHECKPOINT_INTERVAL * (maps + max(chain, token, token * chunks / SCHEDULERS)) + folds
+        floor = tokens * 5 * rank * 2 / BYTES_PER_SECOND
+        microseconds = [cycles / (CLOCK_GHZ * 1e3) for cycles in (plain, chunked)]
+        estimates.append(Estimate(rank, tokens, chain, token, *microseconds, floor * 1e6))
+    return estimates
+
+
 def main() -> int:
     rows = report()
-    print(f"{'kernel':10}{'rank':>6}{'arch':>8}{'registers':>11}{'stack':>7}{'spills st/ld':>14}{'shared':>8}")
+    print(f"{'kernel':22}{'rank':>6}{'arch':>8}{'registers':>11}{'stack':>7}{'spills st/ld':>14}{'shared':>8}  loops")
     for row in rows:
         spills = f"{row.spill_stores}/{row.spill_loads}"
-        arch = f"sm_{row.arch}"
-        print(f"{row.kernel:10}{row.rank:>6}{arch:>8}{row.registers:>11}{row.stack:>7}{spills:>14}{row.shared:>8}")
+        arch, loops = f"sm_{row.arch}", " ".join(map(str, row.loops))
+        print(f"{row.kernel:22}{row.rank:>6}{arch:>8}{row.registers:>11}{row.stack:>7}{spills:>14}", end="")
+        print(f"{row.shared:>8}  {loops}")
+    print("\nOn paper, not run: forward, sm_90, B = H = 1, 16 bits; cycles a token, then microseconds without launches")
+    print(f"{'rank':>6}{'T':>8}{'chain':>8}{'instructions':>14}{'plain':>10}{'chunked':>10}{'byte floor':>12}")
+    for tokens in (256, 8192, 1 << 20):
+        for x in estimate([row for row in rows if row.arch == 90], tokens):
+            times = f"{x.plain:>10.1f}{x.chunked:>10.1f}{x.byte_floor:>12.2f}"
+            print(f"{x.rank:>6}{x.tokens:>8}{x.chain:>8}{x.instructions:>14}{times}")
     return int(any(row.spills for row in rows))
 
 

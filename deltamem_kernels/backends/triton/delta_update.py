@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 from torch import Tensor
 
 from ..reference import CHECKPOINT_INTERVAL, accumulation_dtype
+from ..scan import choose_scan
+from ._chunks import mask_spans_kernel
 from .backward import delta_update_backward_kernel
+from .chunked import fold_launches
 from .forward import delta_update_forward_kernel
+from .launch import constants, launch, strides, tiling
 
-LANES = 32
-REGISTER_RANK = 16
-"""Up to this rank a lane keeps its state row in registers; above it a program shares the state of one head."""
-
-
-def tiling(H: int, R: int) -> dict[str, int]:
-    """Tiles (see _rule.py) and warps of a program. It depends on H and R alone: a sequence has the same bits alone and
-    in a batch. A warp takes as many heads of one sequence as it has lanes for; sequences differ in length."""
-    rows = triton.next_power_of_2(R)
-    if R <= REGISTER_RANK:
-        heads = min(triton.next_power_of_2(max(H, 1)), LANES // rows)
-        return {"HEADS": heads, "ROWS": rows, "NC": R, "W": 1, "num_warps": 1}
-    warps = {32: 4, 64: 16}.get(rows, 32) // (2 if torch.version.hip else 1)  # there a warp has 64 lanes
-    return {"HEADS": 1, "ROWS": rows, "NC": 1, "W": rows, "num_warps": warps}
+HISTORY_BYTES = 64 << 20
+"""What backward's programs may take for the states of the chunks they are at: so many run at once, in more than one
+turn where there are more chunks. It is scratch memory, best within the L2."""
 
 
 def forward_arguments(
@@ -46,14 +37,21 @@ def forward_arguments(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(q, k, v, beta, decay, write, initial_state)
     tiles = tiling(H, R)
+    scan = choose_scan("triton", T, H, R)
+    slots = B * (T // CHECKPOINT_INTERVAL)
+    whole = cu_seqlens is None and not (scan.chunked and mask is not None)
     outputs = {
-        "p_reads": _output(q, cu_seqlens),
+        "p_reads": _output(q, whole),
         "p_final": q.new_empty((N, H, R, R), dtype=dtype),
         # Slots beyond the last chunk of a sequence are never read.
-        "p_checkpoints": q.new_empty((B, T // CHECKPOINT_INTERVAL, H, R, R), dtype=dtype) if save else None,
+        "p_checkpoints": q.new_empty((B, T // CHECKPOINT_INTERVAL, H, R, R), dtype=dtype)
+        if save or scan.chunked
+        else None,
     }
-    operands = _operand_arguments(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens)
-    return N * triton.cdiv(H, tiles["HEADS"]), outputs | operands | _constants(mode, R) | tiles
+    operands = _operand_arguments(q, k, v, beta, decay, write, initial_state, mask)
+    operands |= _spans(scan.chunked, mask, cu_seqlens, N)
+    pieces = N + slots if scan.chunked else N
+    return pieces * triton.cdiv(H, tiles["HEADS"]), outputs | operands | constants(mode, R) | tiles
 
 
 def delta_update_forward(
@@ -72,9 +70,10 @@ def delta_update_forward(
     """reads `[B, T, H, R]` in q's dtype; in that of the arithmetic final_state `[N, H, R, R]` and, with `save`, the
     checkpoints `[B, T // 64, H, R, R]` (else an empty tensor). Operands and modes as in backends/reference.py."""
     programs, arguments = forward_arguments(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode, save)
-    _launch(delta_update_forward_kernel, programs, arguments, q)
     reads, final_state, checkpoints = (arguments[x] for x in ("p_reads", "p_final", "p_checkpoints"))
-    return reads, final_state, q.new_empty((0,), dtype=final_state.dtype) if checkpoints is None else checkpoints
+    _between_chunks(arguments, None, initial_state, checkpoints, mode, cu_seqlens)
+    launch(delta_update_forward_kernel, programs, arguments, q)
+    return reads, final_state, checkpoints if save else q.new_empty((0,), dtype=final_state.dtype)
 
 
 def backward_arguments(
@@ -94,33 +93,39 @@ def backward_arguments(
     needs: list[bool],
 ) -> tuple[int, dict]:
     """Programs to launch, and the arguments of delta_update_backward_kernel with its outputs allocated."""
-    H, R = q.shape[2:]
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    B, T, H, R = q.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tiles = tiling(H, R)
-    programs = N * triton.cdiv(H, tiles["HEADS"])
+    scan = choose_scan("triton", T, H, R)
+    pieces = N + B * (T // CHECKPOINT_INTERVAL) if scan.chunked else N
+    work = pieces * triton.cdiv(H, tiles["HEADS"])
+    whole = cu_seqlens is None and not (scan.chunked and mask is not None)
     inputs = {"q": q, "k": k, "v": v, "beta": beta, "decay": decay, "write": write}
     outputs = {
-        f"p_d{name}": _output(x, cu_seqlens) if need and x is not None else None
+        f"p_d{name}": _output(x, whole) if need and x is not None else None
         for (name, x), need in zip(inputs.items(), needs[:6], strict=True)
     }
     wanted = needs[6] and initial_state is not None
     outputs["p_dinitial"] = initial_state.new_empty((N, H, R, R)) if wanted else None
-    # The states of one chunk's tokens, 64 of them for each program: 16 KiB a head at R = 8 in float32, 64 KiB at 16.
-    state = tiles["HEADS"] * tiles["ROWS"] * tiles["W"] * tiles["NC"]
+    # The states of one chunk's tokens for each program: 16 KiB a head at R = 8 in float32, 64 KiB at 16.
+    history_size = CHECKPOINT_INTERVAL * tiles["HEADS"] * tiles["ROWS"] * tiles["W"] * tiles["NC"]
+    programs = min(work, max(1, HISTORY_BYTES // (history_size * checkpoints.element_size())))
     needs_state = any(outputs[x] is not None for x in ("p_dq", "p_dk", "p_dbeta", "p_ddecay"))
-    history = checkpoints.new_empty((programs, CHECKPOINT_INTERVAL, state)) if needs_state else None
-    d_reads = q.new_zeros(()).expand(q.shape) if d_reads is None else d_reads
-    gradients = (
-        {"p_history": history, "p_checkpoints": checkpoints, "p_d_reads": d_reads, "p_d_final": d_final_state}
-        | _strides("d_reads", d_reads, "bthr")
-        | _strides("d_final", d_final_state, "nhrc")
-    )
+    gradients = {
+        "p_history": checkpoints.new_empty((programs, history_size)) if needs_state else None,
+        "p_checkpoints": checkpoints,
+        "p_ends": torch.empty_like(checkpoints) if scan.chunked else None,
+        "p_d_reads": q.new_zeros(()).expand(q.shape) if d_reads is None else d_reads,
+        "p_d_final": d_final_state,
+    }
+    gradients |= strides("d_reads", gradients["p_d_reads"], "bthr") | strides("d_final", d_final_state, "nhrc")
     per_head = {
         f"{name.upper()}_PER_HEAD": x is not None and x.ndim == 3
         for name, x in (("beta", beta), ("decay", decay), ("write", write))
     }
-    operands = _operand_arguments(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens)
-    return programs, outputs | gradients | operands | per_head | _constants(mode, R) | tiles
+    operands = _operand_arguments(q, k, v, beta, decay, write, initial_state, mask)
+    operands |= _spans(scan.chunked, mask, cu_seqlens, N) | {"work": work}
+    return programs, outputs | gradients | operands | per_head | constants(mode, R) | tiles
 
 
 def delta_update_backward(
@@ -146,40 +151,43 @@ def delta_update_backward(
     )
     gradients = [arguments[f"p_d{x}"] for x in ("q", "k", "v", "beta", "decay", "write", "initial")]
     if any(x is not None for x in gradients):
-        _launch(delta_update_backward_kernel, programs, arguments, q)
+        _between_chunks(arguments, arguments["p_d_reads"], d_final_state, arguments["p_ends"], mode, cu_seqlens)
+        launch(delta_update_backward_kernel, programs, arguments, q)
     return gradients
 
 
-def _launch(kernel, programs: int, arguments: dict, like: Tensor) -> None:
-    if programs:
-        with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-            kernel[(programs,)](**arguments)
+def _output(x: Tensor, whole: bool) -> Tensor:
+    """Contiguous, like x. Zeros unless the kernel writes the whole of it: tokens may belong to no sequence."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if whole else x.new_zeros(x.shape)
 
 
-def _output(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Contiguous, like x. Zeros where cu_seqlens might leave tokens to no sequence: the host does not read it."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if cu_seqlens is None else x.new_zeros(x.shape)
+def _spans(chunks: bool, mask: Tensor | None, cu_seqlens: Tensor | None, N: int) -> dict:
+    """Where the N sequences lie, see sequence_bounds: with a mask, a chunked scan counts from the tokens it leaves."""
+    if not chunks or mask is None:
+        return {"p_spans": cu_seqlens, "SPAN": 1, "N": N, "CHUNKED": chunks}
+    return {"p_spans": mask.new_empty((N, 3), dtype=torch.int64), "SPAN": 3, "N": N, "CHUNKED": chunks}
 
 
-def _operand_arguments(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens) -> dict:
+def _between_chunks(arguments: dict, d_reads, end, out: Tensor, mode: str, cu_seqlens: Tensor | None) -> None:
+    """What has to be launched before the kernel that `arguments` are for."""
+    if arguments["SPAN"] == 3:
+        of_mask = {name: arguments[name] for name in ("p_spans", "p_mask", "T", "mask_sb", "mask_st")}
+        launch(mask_spans_kernel, arguments["N"], of_mask | {"p_cu_seqlens": cu_seqlens, "BLOCK": 1024}, out)
+    if arguments["CHUNKED"]:
+        for kernel, programs, its_arguments in fold_launches(arguments, d_reads, end, out, mode):
+            launch(kernel, programs, its_arguments, out)
+
+
+def _operand_arguments(q, k, v, beta, decay, write, initial_state, mask) -> dict:
     T, H = q.shape[1:3]
     gates = {"beta": _per_row(beta, q), "decay": _per_row(decay, q), "write": _per_row(write, q)}
     tokens = {"q": q, "k": k, "v": v} | gates
     arguments = {f"p_{name}": x for name, x in tokens.items()}
     for name, x in tokens.items():
-        arguments |= _strides(name, x, "bthr")
-    arguments |= _strides("initial", initial_state, "nhrc") | _strides("mask", mask, "bt")
-    return arguments | {"p_initial": initial_state, "p_mask": mask, "p_cu_seqlens": cu_seqlens, "T": T, "H": H}
+        arguments |= strides(name, x, "bthr")
+    arguments |= strides("initial", initial_state, "nhrc") | strides("mask", mask, "bt")
+    return arguments | {"p_initial": initial_state, "p_mask": mask, "T": T, "H": H}
 
 
 def _per_row(gate: Tensor | None, q: Tensor) -> Tensor | None:
     return gate if gate is None or gate.ndim == 4 else gate.unsqueeze(-1).expand(q.shape)
-
-
-def _strides(name: str, x: Tensor | None, dimensions: str) -> dict[str, int]:
-    strides = (1,) * len(dimensions) if x is None else x.stride()
-    return {f"{name}_s{d}": s for d, s in zip(dimensions, strides, strict=True)}
-
-
-def _constants(mode: str, R: int) -> dict:
-    return {"MODE": mode, "CHUNK": CHECKPOINT_INTERVAL, "R": R, "num_stages": 1, "enable_fp_fusion": True}

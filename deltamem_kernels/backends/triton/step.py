@@ -29,7 +29,7 @@ from ._rule import (
     store_state,
     write_row,
 )
-from .delta_update import _launch, tiling
+from .launch import launch, tiling
 
 _RUN_VARYING = (
     [*RUN_VARYING, "slots", "pad_slot_id", "accepted_sn"]
@@ -66,7 +66,7 @@ def delta_step_kernel(
     DECAY: tl.constexpr = p_decay is not None
     AHEAD: tl.constexpr = PREFETCH if W == 1 else 0
     H, T = tl.cast(H, tl.int64), tl.cast(T, tl.int64)
-    i_n, i_h, i_r, i_k, i_c, _, m_r, m_k, m_s = program_indices(H, R, HEADS, ROWS, W)
+    i_n, i_h, i_r, i_k, i_c, _, m_r, m_k, m_s = program_indices(tl.program_id(0), H, R, HEADS, ROWS, W)
 
     q = operand(p_q, i_n, i_h, i_k, q_sb, q_st, q_sh, q_sr)
     k = operand(p_k, i_n, i_h, i_k, k_sb, k_st, k_sh, k_sr)
@@ -186,7 +186,7 @@ def delta_step(
         state, q, k, v, beta, decay, state_indices, num_accepted_tokens, intermediate_states, out, mode, pad_slot_id,
         update_state,
     )  # fmt: skip
-    _launch(delta_step_kernel, programs, arguments, q)
+    launch(delta_step_kernel, programs, arguments, q)
 
 
 def _strides(name: str, x: Tensor | None, dimensions: str, one_token: bool = False) -> dict[str, int]:
