@@ -12,7 +12,8 @@
 #include "kernels.h"
 
 extern const deltamem::Kernels deltamem::kAvx2{"avx2", deltamem::avx2::forward, deltamem::avx2::backward,
-                                               deltamem::avx2::step};
+                                               deltamem::avx2::step,
+                                               deltamem::avx2::correct, deltamem::avx2::correct_backward};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -12,7 +12,8 @@
 #include "kernels.h"
 
 extern const deltamem::Kernels deltamem::kAvx512{"avx512", deltamem::avx512::forward, deltamem::avx512::backward,
-                                                 deltamem::avx512::step};
+                                                 deltamem::avx512::step,
+                                                   deltamem::avx512::correct, deltamem::avx512::correct_backward};
 
 #ifdef __clang__
 #pragma clang attribute pop

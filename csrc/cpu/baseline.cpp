@@ -4,4 +4,5 @@
 #include "kernels.h"
 
 extern const deltamem::Kernels deltamem::kBaseline{"baseline", deltamem::baseline::forward, deltamem::baseline::backward,
-                                                   deltamem::baseline::step};
+                                                   deltamem::baseline::step,
+                                                   deltamem::baseline::correct, deltamem::baseline::correct_backward};

@@ -54,6 +54,27 @@ struct Step {
 };
 constexpr int64_t kNoSlot = -1;
 
+// attention_correction and its fused form: B x T rows of D numbers; K = H R. An operand's strides are those of batch
+// row, token, and number, the last (reads: head before number; weight: row before column, no others); data is null
+// where absent.
+struct Correction {
+  int64_t B, T, D, H, R, K;
+  bool double_precision;
+  Operand base, reads, weight, gain, norm_weight, cos, sin, out;
+  double scale, norm_eps;
+  int64_t head_dim;  // 0: the norm is over the correction
+};
+
+// Gradients, contiguous; data is null where nobody asks. Sums over rows are those of `groups` of rows, each in order.
+struct CorrectionGradients {
+  Operand d_out, base, reads, weight, gain, norm_weight;
+  int64_t groups;
+};
+
+// Calls call(body, begin, end) on parts of [0, n), on several threads where each has a part of `grain` or more.
+typedef void (*ForRange)(int64_t n, int64_t grain, const void* body,
+                         void (*call)(const void* body, int64_t begin, int64_t end));
+
 // The work on sequences x heads [begin, end): any split over threads gives the same bits.
 struct Kernels {
   const char* isa;
@@ -61,6 +82,8 @@ struct Kernels {
   void (*backward)(const Problem&, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
                    const BackwardOutput&, int64_t begin, int64_t end);
   void (*step)(const Problem&, const Step&, int64_t begin, int64_t end);  // over the rows
+  void (*correct)(const Correction&, ForRange);
+  void (*correct_backward)(const Correction&, const CorrectionGradients&, ForRange);
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512;

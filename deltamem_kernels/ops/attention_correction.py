@@ -132,6 +132,7 @@ def _correct_into(out, base, reads, weight, gain, norm_weight, cos, sin, scale, 
     choose(backend, out.device).correct(
         out if base is None else base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim, out
     )
+    torch.autograd.graph.increment_version(out)  # a kernel's writing is not seen by itself
 
 
 def _backward(
