@@ -411,8 +411,8 @@ def test_out_must_not_lie_under_an_operand(in_place):
         attention_correction(base if in_place else torch.randn(2, 5, 24), reads, weight, out=base)
     with pytest.raises(ValueError, match="out must not share memory with base"):
         attention_correction(base, torch.randn(2, 5, 8), weight, out=memory[..., 1:25])
+    under = memory.view(-1)[: 24 * 24].view(24, 24)
     with pytest.raises(ValueError, match="out must not share memory with weight"):
-        under = memory.view(-1)[: 24 * 24].view(24, 24)
         attention_correction(torch.randn(1, 1, 24), torch.randn(1, 1, 24), under, out=base[:1, :1])
 
 

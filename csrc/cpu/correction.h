@@ -148,7 +148,7 @@ struct Correct {
     });
   }
 
-  // f(row m, column d, vector) with the correction of M rows, of reads [M][K] that the factor is in.
+  // f(row m, column d, the block's vectors) with the correction of M rows, of reads [M][K] that the factor is in.
   template <int M, class F>
   DELTAMEM_INLINE void corrections(const T* packed, const T* reads, F&& f) const {
     for (int64_t d = 0; d < width; d += kBlock, packed += c.K * kBlock) {
@@ -163,10 +163,15 @@ struct Correct {
           for (int i = 0; i < kVectors; ++i) u[m][i] = fma(L::splat(reads[m * c.K + j]), w[i], u[m][i]);
       }
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) f(m, d + i * W, u[m][i]);
+      for (int m = 0; m < M; ++m) f(m, d, u[m]);
     }
+  }
+  template <int M>
+  void store_corrections(const T* packed, const T* reads, T* rows) const {
+    corrections<M>(packed, reads, [&](int m, int64_t d, const L(&u)[kVectors]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) u[i].store(rows + m * width + d + i * W);
+    });
   }
 
   // What a thread works on: reads [kRows][K], once as they are and once with the factor; rows [kRows][width] twice,
@@ -210,30 +215,33 @@ struct Correct {
       constexpr int M = rows();
       for (int m = 0; m < M; ++m) load_reads(work, row + m, m);
       if (only_add) return with_dtype(c.base.dtype, [&](auto tag) { add_correction<M>(packed, work.reads, row, tag); });
-      corrections<M>(packed, work.reads, [&](int m, int64_t d, L u) { u.store(work.x + m * width + d); });
+      store_corrections<M>(packed, work.reads, work.x);
       for (int m = 0; m < M; ++m) finish(work, row + m, work.x + m * width);
     });
   }
 
   template <int M, class X>
-  DELTAMEM_INLINE void add_correction(const T* packed, const T* reads, int64_t row, X) const {
+  void add_correction(const T* packed, const T* reads, int64_t row, X) const {
     const X* from[M];
     X* to[M];
     for (int m = 0; m < M; ++m) {
       from[m] = place<const X>(c.base, batch(row + m), token(row + m), 0);
       to[m] = place<X>(c.out, batch(row + m), token(row + m), 0);
     }
-    corrections<M>(packed, reads, [&](int m, int64_t d, L u) {
-      T x[W] = {};
-      const int64_t left = c.D - d;
-      if (left >= W) {
-        convert<W>(from[m] + d, x);
-        (L::load(x) + u).store(x);
-        convert<W>(x, to[m] + d);
-      } else if (left > 0) {
-        convert_row(from[m] + d, x, left);
-        (L::load(x) + u).store(x);
-        convert_row(x, to[m] + d, left);
+    corrections<M>(packed, reads, [&](int m, int64_t d, const L(&u)[kVectors]) __attribute__((always_inline)) {
+      if (d + kBlock <= c.D) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+          T x[W];
+          convert<W>(from[m] + d + i * W, x);
+          (L::load(x) + u[i]).store(x);
+          convert<W>(x, to[m] + d + i * W);
+        }
+      } else {
+        T x[kBlock] = {};
+        convert_row(from[m] + d, x, c.D - d);
+        for (int i = 0; i < kVectors; ++i) (L::load(x + i * W) + u[i]).store(x + i * W);
+        convert_row(x, to[m] + d, c.D - d);
       }
     });
   }
@@ -281,7 +289,7 @@ struct Correct {
                      int64_t row) const {
     for (int m = 0; m < M; ++m) load_reads(work, row + m, m);
     if (c.norm_weight.data)
-      corrections<M>(packed, work.reads, [&](int m, int64_t d, L u) { u.store(work.x + m * width + d); });
+      store_corrections<M>(packed, work.reads, work.x);
     for (int m = 0; m < M; ++m) {
       T *x = work.x + m * width, *g = work.y + m * width;
       if (c.head_dim && c.norm_weight.data) add_base(row + m, x, g);

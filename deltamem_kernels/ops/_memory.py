@@ -8,25 +8,26 @@ from torch import Tensor
 from ._checks import fail
 
 
-def check_writable(name: str, out: Tensor, operands: dict[str, Tensor | None]) -> None:
-    """out can be written and recorded, while the operands are read. Only the tensors' own numbers are looked at."""
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+def check_writable(name: str, out: Tensor, operands: dict[str, object]) -> None:
+    """out can be written and recorded while the operands are read; it may be one of them."""
+    strides = out.stride()
+    if 0 in strides and any(stride == 0 and size > 1 for size, stride in zip(out.shape, strides, strict=True)):
         fail(ValueError, name, "a tensor with a place for each number, not an expanded one", out)
     if torch.is_grad_enabled():
         for x, what in ((out, "a leaf"), (out._base, "a view of a leaf")):
-            if x is not None and x.is_leaf and x.requires_grad:  # torch says so too, but only after the kernel has run
+            if x is not None and x.requires_grad and x.is_leaf:  # torch says so too, but only after the kernel has run
                 raise RuntimeError(f"{name} is {what} that requires grad: it cannot be written in place")
     if torch.compiler.is_compiling():
         return  # there is no memory to look at
     for other, x in operands.items():
-        if x is not None and _may_overlap(out, x):
+        if x is not out and isinstance(x, Tensor) and torch._C._is_alias_of(out, x) and _may_overlap(out, x):
             raise ValueError(f"{name} must not share memory with {other}, which is read while {name} is written")
 
 
 def _may_overlap(a: Tensor, b: Tensor) -> bool:
-    """False where a and b are certainly apart: in other storages, one behind the other, or as slices of the same rows,
-    as those of a fused projection's output are."""
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not a.numel() or not b.numel():
+    """Of two tensors in one storage: False where they are certainly apart, one behind the other or as slices of the
+    same rows, as those of a fused projection's output are."""
+    if not a.numel() or not b.numel():
         return False
     (a_start, a_span), (b_start, b_span) = _extent(a), _extent(b)
     if a_start + a_span <= b_start or b_start + b_span <= a_start:

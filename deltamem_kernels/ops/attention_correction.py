@@ -88,7 +88,10 @@ def check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_
         check_shape("norm_weight", norm_weight, ((shape[-1] if head_dim is None else head_dim,),), wanted)
         check_device("norm_weight", norm_weight, device, "base")
     if out is not None:
-        _check_out(out, base, {"reads": reads, "weight": weight, "scale": scale, "norm_weight": norm_weight})
+        if out is not base:
+            _check_out(out, base)
+        operands = {"base": base, "reads": reads, "weight": weight, "scale": scale, "norm_weight": norm_weight}
+        check_writable("out", out, operands)
     if backend is not None:
         check_backend(backend)
 
@@ -102,13 +105,11 @@ def _check_scale(scale, device: torch.device) -> None:
         fail(TypeError, "scale", "a number, or a tensor of no dimensions", scale)
 
 
-def _check_out(out, base: Tensor, operands: dict[str, Tensor | None]) -> None:
+def _check_out(out, base: Tensor) -> None:
     if not isinstance(out, Tensor) or out.dtype != base.dtype or out.layout is not torch.strided:
         fail(TypeError, "out", f"a dense {str(base.dtype).removeprefix('torch.')} tensor, as base is", out)
     check_shape("out", out, (tuple(base.shape),), "of base's shape")
     check_device("out", out, base.device, "base")
-    read = {name: x for name, x in operands.items() if isinstance(x, Tensor)}
-    check_writable("out", out, read if out is base else {"base": base, **read})
 
 
 # The operators. `gain` is the scale where that is a tensor. head_dim 0 means that the norm is over the correction;
