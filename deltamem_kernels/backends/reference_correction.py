@@ -63,7 +63,7 @@ def correct_backward(
     nobody asks. base is None where it does not matter: without a head_dim, and without a norm. Without a head_dim its
     gradient is d_out, and not computed here."""
     x, u, norm, rotary = _operands(base, reads, weight, gain, norm_weight, cos, sin, scale, head_dim, d_out)
-    g = d_out.to(u.dtype)
+    g = d_out.to(u.dtype, copy=True)  # what an operator returns is never an operand
     d_norm: Tensor | None = None
     if not head_dim:
         if norm is not None:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ._checks import fail
 
 
-def check_writable(name: str, out: Tensor, operands: dict[str, object]) -> None:
-    """out can be written and recorded while the operands are read; it may be one of them."""
+def check_writable(name: str, out: Tensor, names: Sequence[str], operands: Sequence[object]) -> None:
+    """out can be written and recorded while the operands are read."""
     strides = out.stride()
     if 0 in strides and any(stride == 0 and size > 1 for size, stride in zip(out.shape, strides, strict=True)):
         fail(ValueError, name, "a tensor with a place for each number, not an expanded one", out)
     if torch.is_grad_enabled():
-        for x, what in ((out, "a leaf"), (out._base, "a view of a leaf")):
-            if x is not None and x.requires_grad and x.is_leaf:  # torch says so too, but only after the kernel has run
+        for leaf, what in ((out, "a leaf"), (out._base, "a view of a leaf")):
+            if leaf is not None and leaf.requires_grad and leaf.is_leaf:  # torch says so only after the kernel has run
                 raise RuntimeError(f"{name} is {what} that requires grad: it cannot be written in place")
     if torch.compiler.is_compiling():
         return  # there is no memory to look at
-    for other, x in operands.items():
-        if x is not out and isinstance(x, Tensor) and torch._C._is_alias_of(out, x) and _may_overlap(out, x):
+    same_storage = torch._C._is_alias_of  # type: ignore[attr-defined]
+    for other, x in zip(names, operands, strict=True):
+        if isinstance(x, Tensor) and same_storage(out, x) and _may_overlap(out, x):
             raise ValueError(f"{name} must not share memory with {other}, which is read while {name} is written")
 
 
@@ -46,4 +49,4 @@ def _extent(x: Tensor, pitch: int = 0) -> tuple[int, int]:
     if pitch:
         steps = [(n, stride) for n, stride in steps if stride % pitch]
         start %= pitch
-    return start, sum(n * stride for n, stride in steps) + x.itemsize
+    return int(start), int(sum(n * stride for n, stride in steps)) + x.itemsize

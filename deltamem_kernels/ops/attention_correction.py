@@ -64,14 +64,10 @@ def check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_
     if weight.ndim != 2 or weight.shape[0] != shape[-1] or weight.shape[1] < 1:
         fail(ValueError, "weight", f"[D, H·R] = [{shape[-1]}, H·R], H·R at least 1", weight)
     check_float("reads", reads, "[B, T, H, R] or [B, T, R]")
-    given, width = reads.shape, weight.shape[1]
-    with_heads = len(given) == len(shape) + 1
-    if not (
-        (with_heads or len(given) == len(shape))
-        and given[: len(shape) - 1] == shape[:-1]
-        and (given[-2] * given[-1] if with_heads else given[-1]) == width
-    ):
-        wanted = "[B, T, H, R] or [B, T, R]" if len(shape) == 3 else "[N, H, R] or [N, R]"
+    given, width, leading = reads.shape, weight.shape[1], len(shape) - 1
+    last = given[-1] if len(given) == leading + 1 else given[-2] * given[-1] if len(given) == leading + 2 else -1
+    if last != width or given[0] != shape[0] or (leading == 2 and given[1] != shape[1]):
+        wanted = "[B, T, H, R] or [B, T, R]" if leading == 2 else "[N, H, R] or [N, R]"
         fail(ValueError, "reads", f"{wanted}, {list(shape[:-1])} as base has and H·R = {width} as weight has", reads)
     if reads.device != device or weight.device != device:
         check_device("reads", reads, device, "base")
@@ -90,8 +86,8 @@ def check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_
     if out is not None:
         if out is not base:
             _check_out(out, base)
-        operands = {"base": base, "reads": reads, "weight": weight, "scale": scale, "norm_weight": norm_weight}
-        check_writable("out", out, operands)
+        operands = (None if out is base else base, reads, weight, scale, norm_weight)
+        check_writable("out", out, ("base", "reads", "weight", "scale", "norm_weight"), operands)
     if backend is not None:
         check_backend(backend)
 

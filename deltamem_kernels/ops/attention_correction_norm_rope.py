@@ -61,7 +61,7 @@ def attention_correction_norm_rope(
         raise ValueError(f"head_dim must divide base's last dimension {base.shape[-1]}, got {head_dim}")
     _check_rotary(base, head_dim, cos, sin)
     if out is not None:
-        check_writable("out", out, {"cos": cos, "sin": sin})
+        check_writable("out", out, ("cos", "sin"), (cos, sin))
     return run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, out, backend)
 
 

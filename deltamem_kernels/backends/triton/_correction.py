@@ -5,8 +5,6 @@ A tile is ROWS rows by a unit of 2 * HALF columns, held as its two halves [ROWS,
 rotary turns into each other, or of any columns where there are no heads. Columns past the last are zeros.
 """
 
-# ruff: noqa: RET505, RUF005 (a dialect: an if on a constexpr chooses code, tuples have no *)
-
 import triton
 import triton.language as tl
 

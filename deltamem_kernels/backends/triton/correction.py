@@ -2,8 +2,6 @@
 summed by groups of rows, which depend on their number alone, and the groups in order.
 """
 
-# ruff: noqa: RUF005 (tuples have no * in Triton's dialect)
-
 from __future__ import annotations
 
 import ctypes
@@ -34,8 +32,8 @@ from ._correction import (
 )
 from .delta_update import _launch
 
-ROWS = 16
-"""Of a tile. Not fewer for few rows: a row's sums over its columns would be in another order."""
+ROWS, BACKWARD_ROWS = 16, 8
+"""Of a tile: what fits in registers. Not fewer for few rows: a row would be summed up in another order."""
 COLUMNS = 128
 """Of a unit without heads."""
 GROUPS, GROUP_ROWS = 64, 64
@@ -58,7 +56,7 @@ def correct_kernel(
         i_block = i_p
     else:
         i_block, i_first = i_p // UNITS, i_p % UNITS
-    i_row, i_b, i_t, m_row = row_indices(i_block, rows, T, ROWS)
+    _, i_b, i_t, m_row = row_indices(i_block, rows, T, ROWS)
     factor = load_factor(p_gain, scale, scale_rest, DTYPE)
     p_reads += i_b * reads_sb + i_t * reads_st
     p_base += i_b * base_sb + i_t * base_st
@@ -67,7 +65,7 @@ def correct_kernel(
     b_inverse = tl.zeros((ROWS,), DTYPE)
     if WHOLE:
         for i_unit in range(UNITS):
-            i_d, i_u, m_d = unit_columns(i_unit, D, UNIT, HALF)
+            i_d, _, m_d = unit_columns(i_unit, D, UNIT, HALF)
             b_u = correction(p_reads, reads_sh, reads_sr, p_weight, weight_sd, weight_sk, i_d, m_row, m_d, factor,
                              R, K, ROWS, HALF, DTYPE)  # fmt: skip
             b_inverse += sum_of_products(b_u, b_u)
@@ -80,14 +78,13 @@ def correct_kernel(
             b_u = normed(b_u, load_vectors(p_norm, i_d, norm_sd, m_d, DTYPE), b_inverse)
         b_x = load_pair(p_base, i_d, base_sd, m_row, m_d, DTYPE)
         b_x = (b_x[0] + b_u[0], b_x[1] + b_u[1])
-        if HEADS:
-            if p_norm is not None:
-                b_w = load_vectors(p_norm, i_u, norm_sd, m_d, DTYPE)
-                b_x = normed(b_x, b_w, inverse_rms(sum_of_products(b_x, b_x), EPS, UNIT))
-            if p_cos is not None:
-                b_cos = load_pair(p_cos + i_b * cos_sb + i_t * cos_st, i_u, cos_sd, m_row, m_d, DTYPE)
-                b_sin = load_pair(p_sin + i_b * sin_sb + i_t * sin_st, i_u, sin_sd, m_row, m_d, DTYPE)
-                b_x = rotated(b_x, b_cos, b_sin)
+        if HEADS and p_norm is not None:
+            b_w = load_vectors(p_norm, i_u, norm_sd, m_d, DTYPE)
+            b_x = normed(b_x, b_w, inverse_rms(sum_of_products(b_x, b_x), EPS, UNIT))
+        if p_cos is not None:
+            b_cos = load_pair(p_cos + i_b * cos_sb + i_t * cos_st, i_u, cos_sd, m_row, m_d, DTYPE)
+            b_sin = load_pair(p_sin + i_b * sin_sb + i_t * sin_st, i_u, sin_sd, m_row, m_d, DTYPE)
+            b_x = rotated(b_x, b_cos, b_sin)
         store_pair(p_out, i_d, out_sd, m_row, m_d, b_x)
 
 
@@ -101,11 +98,10 @@ def unit_adjoint(
     """The tile of the correction's gradient, and what each row adds to that of the norm's weight."""
     i_d, i_u, m_d = unit_columns(i_unit, D, UNIT, HALF)
     b_g = load_pair(p_d_out, i_d, d_out_sd, m_row, m_d, DTYPE)
-    if HEADS:
-        if p_cos is not None:
-            b_cos = load_pair(p_cos, i_u, cos_sd, m_row, m_d, DTYPE)
-            b_sin = load_pair(p_sin, i_u, sin_sd, m_row, m_d, DTYPE)
-            b_g = rotated_back(b_g, b_cos, b_sin)
+    if p_cos is not None:
+        b_cos = load_pair(p_cos, i_u, cos_sd, m_row, m_d, DTYPE)
+        b_sin = load_pair(p_sin, i_u, sin_sd, m_row, m_d, DTYPE)
+        b_g = rotated_back(b_g, b_cos, b_sin)
     b_d_norm = b_g
     if p_norm is not None:
         b_x = correction(p_reads, reads_sh, reads_sr, p_weight, weight_sd, weight_sk, i_d, m_row, m_d, factor,
@@ -149,7 +145,7 @@ def backward_rows_kernel(
     b_along = tl.zeros((ROWS,), DTYPE)
     if p_stats is not None:
         for i_unit in range(UNITS):
-            i_d, i_u, m_d = unit_columns(i_unit, D, UNIT, HALF)
+            i_d, _, m_d = unit_columns(i_unit, D, UNIT, HALF)
             b_u = correction(p_reads, reads_sh, reads_sr, p_weight, weight_sd, weight_sk, i_d, m_row, m_d, factor,
                              R, K, ROWS, HALF, DTYPE)  # fmt: skip
             b_g = load_pair(p_d_out, i_d, d_out_sd, m_row, m_d, DTYPE)
@@ -169,7 +165,7 @@ def backward_rows_kernel(
             weight_sk, norm_sd, cos_sd, sin_sd, i_unit, m_row, factor, b_inverse, b_along, EPS, DTYPE, D, R, K, HEADS,
             UNIT, HALF, ROWS,
         )  # fmt: skip
-        i_d, i_u, m_d = unit_columns(i_unit, D, UNIT, HALF)
+        i_d, _, m_d = unit_columns(i_unit, D, UNIT, HALF)
         if p_d_base is not None:
             store_pair(p_d_base + i_row * D, i_d, 1, m_row, m_d, b_g)
         for j in range(K):
@@ -191,12 +187,12 @@ def backward_columns_kernel(
     EPS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr,
     UNIT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """What a unit of columns has from a group of `blocks` blocks of rows: d_weight [groups, D, K], d_norm [groups, D]."""
+    """A unit of columns, from a group of `blocks` blocks of rows: d_weight [groups, D, K], d_norm [groups, D]."""
     UNITS: tl.constexpr = (D + UNIT - 1) // UNIT
     i_p = tl.program_id(0).to(tl.int64)
     i_group, i_unit = i_p // UNITS, i_p % UNITS
     factor = load_factor(p_gain, scale, scale_rest, DTYPE)
-    i_d, i_u, m_d = unit_columns(i_unit, D, UNIT, HALF)
+    i_d, _, m_d = unit_columns(i_unit, D, UNIT, HALF)
     i_k = tl.arange(0, KP).to(tl.int64)
     b_wa = tl.zeros((HALF, KP), DTYPE)
     b_wb = tl.zeros((HALF, KP), DTYPE)
@@ -308,7 +304,9 @@ def backward_arguments(
 ) -> tuple[tuple[int, dict], tuple[int, dict]]:
     """Programs and arguments of backward_rows_kernel and of backward_columns_kernel, outputs allocated."""
     shared = operand_arguments(d_out, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim)
-    shared |= {"p_d_out": d_out, "KP": triton.next_power_of_2(shared["K"])} | _strides("d_out", d_out, d_out.ndim - 1)
+    shared |= {"ROWS": BACKWARD_ROWS, "p_d_out": d_out, "KP": triton.next_power_of_2(shared["K"])} | _strides(
+        "d_out", d_out, d_out.ndim - 1
+    )
     rows, D, K = shared["rows"], shared["D"], shared["K"]
     dtype = torch.float64 if shared["DTYPE"] == tl.float64 else torch.float32
     whole = norm_weight is not None and not head_dim
@@ -320,7 +318,7 @@ def backward_arguments(
         "p_stats": stats,
     }
     groups = max(1, min(GROUPS, triton.cdiv(rows, GROUP_ROWS)))
-    blocks = triton.cdiv(triton.cdiv(rows, groups), ROWS)
+    blocks = triton.cdiv(triton.cdiv(rows, groups), BACKWARD_ROWS)
     by_column = {
         "p_d_weight": d_out.new_empty((groups, D, K), dtype=dtype),
         "p_d_norm": d_out.new_empty((groups, D), dtype=dtype) if norm_weight is not None else None,
@@ -328,7 +326,7 @@ def backward_arguments(
         "blocks": blocks,
     }
     units = triton.cdiv(D, shared["UNIT"])
-    return (triton.cdiv(rows, ROWS), shared | by_row), (groups * units, shared | by_column)
+    return (triton.cdiv(rows, BACKWARD_ROWS), shared | by_row), (groups * units, shared | by_column)
 
 
 def correct_backward(
@@ -360,7 +358,7 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _strides(name: str, x: Tensor | None, leading: int) -> dict[str, int]:
-    """Of batch row, token and number; a dimension of one number is the same for all, and so is one that is not there."""
+    """Of batch row, token and number; 0 for a dimension that is the same for all, or not there."""
     if x is None:
         return {f"{name}_s{d}": 1 for d in "btd"}
     steps = [0 if n == 1 else stride for n, stride in zip(x.shape[:leading], x.stride()[:leading], strict=True)]
