@@ -56,7 +56,7 @@ def correct_kernel(
         i_block = i_p
     else:
         i_block, i_first = i_p // UNITS, i_p % UNITS
-    _, i_b, i_t, m_row = row_indices(i_block, rows, T, ROWS)
+    _i_row, i_b, i_t, m_row = row_indices(i_block, rows, T, ROWS)
     factor = load_factor(p_gain, scale, scale_rest, DTYPE)
     p_reads += i_b * reads_sb + i_t * reads_st
     p_base += i_b * base_sb + i_t * base_st
@@ -65,7 +65,7 @@ def correct_kernel(
     b_inverse = tl.zeros((ROWS,), DTYPE)
     if WHOLE:
         for i_unit in range(UNITS):
-            i_d, _, m_d = unit_columns(i_unit, D, UNIT, HALF)
+            i_d, _i_u, m_d = unit_columns(i_unit, D, UNIT, HALF)
             b_u = correction(p_reads, reads_sh, reads_sr, p_weight, weight_sd, weight_sk, i_d, m_row, m_d, factor,
                              R, K, ROWS, HALF, DTYPE)  # fmt: skip
             b_inverse += sum_of_products(b_u, b_u)
@@ -145,7 +145,7 @@ def backward_rows_kernel(
     b_along = tl.zeros((ROWS,), DTYPE)
     if p_stats is not None:
         for i_unit in range(UNITS):
-            i_d, _, m_d = unit_columns(i_unit, D, UNIT, HALF)
+            i_d, _i_u, m_d = unit_columns(i_unit, D, UNIT, HALF)
             b_u = correction(p_reads, reads_sh, reads_sr, p_weight, weight_sd, weight_sk, i_d, m_row, m_d, factor,
                              R, K, ROWS, HALF, DTYPE)  # fmt: skip
             b_g = load_pair(p_d_out, i_d, d_out_sd, m_row, m_d, DTYPE)
@@ -160,12 +160,12 @@ def backward_rows_kernel(
     i_k = tl.arange(0, KP).to(tl.int64)
     b_d = tl.zeros((ROWS, KP), DTYPE)
     for i_unit in range(UNITS):
-        b_g, _ = unit_adjoint(
+        b_g, _b_n = unit_adjoint(
             p_d_out, p_base, p_reads, p_weight, p_norm, p_cos, p_sin, base_sd, reads_sh, reads_sr, d_out_sd, weight_sd,
             weight_sk, norm_sd, cos_sd, sin_sd, i_unit, m_row, factor, b_inverse, b_along, EPS, DTYPE, D, R, K, HEADS,
             UNIT, HALF, ROWS,
         )  # fmt: skip
-        i_d, _, m_d = unit_columns(i_unit, D, UNIT, HALF)
+        i_d, _i_u, m_d = unit_columns(i_unit, D, UNIT, HALF)
         if p_d_base is not None:
             store_pair(p_d_base + i_row * D, i_d, 1, m_row, m_d, b_g)
         for j in range(K):
@@ -192,7 +192,7 @@ def backward_columns_kernel(
     i_p = tl.program_id(0).to(tl.int64)
     i_group, i_unit = i_p // UNITS, i_p % UNITS
     factor = load_factor(p_gain, scale, scale_rest, DTYPE)
-    i_d, _, m_d = unit_columns(i_unit, D, UNIT, HALF)
+    i_d, _i_u, m_d = unit_columns(i_unit, D, UNIT, HALF)
     i_k = tl.arange(0, KP).to(tl.int64)
     b_wa = tl.zeros((HALF, KP), DTYPE)
     b_wb = tl.zeros((HALF, KP), DTYPE)
@@ -217,8 +217,9 @@ def backward_columns_kernel(
             base_sd, reads_sh, reads_sr, d_out_sd, weight_sd, weight_sk, norm_sd, cos_sd, sin_sd, i_unit, m_row, factor,
             b_inverse, b_along, EPS, DTYPE, D, R, K, HEADS, UNIT, HALF, ROWS,
         )  # fmt: skip
-        b_na += tl.sum(b_d_norm[0], axis=0)
-        b_nb += tl.sum(b_d_norm[1], axis=0)
+        if p_d_norm is not None:
+            b_na += tl.sum(b_d_norm[0], axis=0)
+            b_nb += tl.sum(b_d_norm[1], axis=0)
         for j in range(K):
             b_r = tl.load(p_r + (j // R) * reads_sh + (j % R) * reads_sr, mask=m_row, other=0.0).to(DTYPE) * factor
             m_j = i_k[None, :] == j
