@@ -1,21 +1,11 @@
-// The only file that knows torch: tensors to raw pointers, threads, the choice of the instruction set.
+// bindings*.cpp alone know torch: tensors to raw pointers, threads, here also the choice of the instruction set.
+#include "bindings.h"
+
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "cpu/problem.h"
-
-namespace py = pybind11;
-using at::Tensor;
-typedef std::optional<Tensor> MaybeTensor;
 
 namespace deltamem {
 namespace {
@@ -32,10 +22,24 @@ std::vector<const Kernels*> supported_kernels() {
   return found;
 }
 
+}  // namespace
+
 const Kernels*& kernels() {
   static const Kernels* chosen = supported_kernels().front();
   return chosen;
 }
+
+DType dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kHalf: return DType::f16;
+    case at::kBFloat16: return DType::bf16;
+    case at::kFloat: return DType::f32;
+    case at::kDouble: return DType::f64;
+    default: throw std::invalid_argument(std::string("no kernel for dtype ") + c10::toString(x.scalar_type()));
+  }
+}
+
+namespace {
 
 void use_isa(const std::string& name) {
   for (const Kernels* k : supported_kernels())
@@ -50,16 +54,6 @@ std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (const Kernels* k : supported_kernels()) names.emplace_back(k->isa);
   return names;
-}
-
-DType dtype(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kHalf: return DType::f16;
-    case at::kBFloat16: return DType::bf16;
-    case at::kFloat: return DType::f32;
-    case at::kDouble: return DType::f64;
-    default: throw std::invalid_argument(std::string("no kernel for dtype ") + c10::toString(x.scalar_type()));
-  }
 }
 
 // A gate per head, [B, T, H], has the same number in all rows: stride 0. Without tokens ([N, H, R], one token each)
@@ -295,6 +289,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forward", &deltamem::forward);
   m.def("backward", &deltamem::backward);
   m.def("step", &deltamem::step);
+  deltamem::bind_correction(m);
   m.def("isas", &deltamem::isas, "The instruction sets this processor has, the best first.");
   m.def("use_isa", &deltamem::use_isa, "Run the kernels of this instruction set from now on.");
   m.def("isa", [] { return std::string(deltamem::kernels()->isa); });

@@ -2,6 +2,8 @@
 
 from ._version import __version__
 from .backends import BackendStatus, BackendUnavailableError, backends
+from .ops.attention_correction import attention_correction
+from .ops.attention_correction_norm_rope import attention_correction_norm_rope
 from .ops.delta_step import delta_step
 from .ops.delta_update import DeltaUpdateOutput, delta_update
 
@@ -10,6 +12,8 @@ __all__ = [
     "BackendUnavailableError",
     "DeltaUpdateOutput",
     "__version__",
+    "attention_correction",
+    "attention_correction_norm_rope",
     "backends",
     "delta_step",
     "delta_update",

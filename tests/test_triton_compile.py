@@ -30,14 +30,21 @@ VARIANTS: dict[str, dict] = {
 }
 FOLDS = [f"{x}{of}" for of in ("", " adjoint") for x in ("maps", "fold maps", "fold groups", "fold")]
 SCANS = ["forward", "backward", *FOLDS, "forward of chunks", "backward of chunks"]
+CORRECTIONS: dict[str, dict] = {  # H·R of 8 on each arch, else on one
+    "correction": {"archs": ARCHS, "ranks": (8,)},
+    "correction, four heads": {"archs": (90,), "ranks": (32,)},
+    "correction, float32": {"archs": (90,), "ranks": (8,), "dtype": "float32"},
+    "correction, smaller": {"archs": (90,), "ranks": (8,), "columns": 576, "head_dim": 64},
+}
 PROGRAM = """
 import json, sys, torch
-from deltamem_kernels.backends.triton.compile_report import report
+from deltamem_kernels.backends.triton.compile_report import correction_report, report
 wanted = json.loads(sys.argv[1])
 rows = {}
 for name, options in wanted.items():
     options["dtype"] = getattr(torch, options.get("dtype", "bfloat16"))
-    rows[name] = [(*row, row.spills) for row in report(**options)]
+    reported = (correction_report if name.startswith("correction") else report)(**options)
+    rows[name] = [(*row, row.spills) for row in reported]
 print(json.dumps(rows))
 """
 
@@ -47,6 +54,7 @@ def compiled() -> dict[str, list]:
     """Rows by name, from one process without TRITON_INTERPRET: interpreted kernels cannot be compiled."""
     wanted: dict[str, dict] = {"headline": {"archs": ARCHS, "ranks": RANKS}}
     wanted |= {name: {"archs": (90,), "ranks": (8,), **options} for name, options in VARIANTS.items()}
+    wanted |= CORRECTIONS
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(deltamem_kernels.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
@@ -77,6 +85,15 @@ def test_variants_compile_without_spills(compiled, variant):
         assert not spills, row
 
 
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_corrections_compile_without_spills(compiled, name):
+    forms = [f"{form}{kernel}" for form in ("plain", "norm", "head") for kernel in ("", "_rows", "_cols")]
+    assert {row.kernel for row, _ in compiled[name]} == set(forms)
+    for row, spills in compiled[name]:
+        print(row)
+        assert not spills, row
+
+
 def test_a_lane_has_its_state_in_registers(compiled):
     """Nothing passes through shared memory: a lane has a whole row, and lanes of one warp exchange by shuffles."""
     assert {row.shared for row, _ in compiled["headline"]} == {0}
@@ -84,6 +101,7 @@ def test_a_lane_has_its_state_in_registers(compiled):
 
 def test_report_fails_on_a_spill(monkeypatch, capsys):
     row = compile_report.Row("forward", 8, 90, 64, stack=0, spill_stores=0, spill_loads=0, shared=0, loops=(100,))
+    monkeypatch.setattr(compile_report, "correction_report", list)
     rows = [row, row._replace(kernel="maps", loops=(70,)), row._replace(kernel="fold", loops=(80,))]
     monkeypatch.setattr(compile_report, "report", lambda: rows)
     assert compile_report.main() == 0

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "chunked.h"
+#include "correction.h"
 #include "step.h"
 
 namespace deltamem {
@@ -69,8 +70,47 @@ inline void step(const Problem& p, const Step& s, int64_t begin, int64_t end) {
   with_scan(p, [&](auto scan) { scan.step(p, s, begin, end); });
 }
 
+template <class F>
+void with_correct(const Correction& c, F&& f) {
+  if (c.double_precision) return f(Correct<double, DELTAMEM_VECTOR_BYTES / sizeof(double)>{c});
+  f(Correct<float, kWide>{c});
+}
+
+template <class F>
+void in_parallel(ForRange run, int64_t n, int64_t work, const F& f) {
+  // Below some ten microseconds a second thread costs more than it brings.
+  const int64_t grain = work < 1000000 ? 1000000 / (work + 1) : 1;
+  run(n, grain, &f, [](const void* body, int64_t begin, int64_t end) { (*static_cast<const F*>(body))(begin, end); });
+}
+
+inline void correct(const Correction& c, ForRange run) {
+  with_correct(c, [&](const auto& kernel) {
+    typedef std::decay_t<decltype(kernel.factor)> T;
+    thread_local Arena arena;
+    arena.reset(Arena::piece<T>(kernel.packed_size()));
+    T* packed = arena.take<T>(kernel.packed_size());
+    kernel.pack(packed);
+    in_parallel(run, c.B * c.T, c.D * (c.K + 4),
+                [&](int64_t begin, int64_t end) { kernel.forward(packed, begin, end); });
+  });
+}
+
+inline void correct_backward(const Correction& c, const CorrectionGradients& out, ForRange run) {
+  with_correct(c, [&](const auto& kernel) {
+    typedef std::decay_t<decltype(kernel.factor)> T;
+    thread_local Arena arena;
+    const size_t sums_size = kernel.sums_size() * out.groups;
+    arena.reset(Arena::piece<T>(kernel.packed_size()) + Arena::piece<T>(sums_size));
+    T *packed = arena.take<T>(kernel.packed_size()), *sums = arena.take<T>(sums_size);
+    kernel.pack(packed);
+    in_parallel(run, out.groups, 3 * c.B * c.T / out.groups * c.D * (c.K + 4),
+                [&](int64_t begin, int64_t end) { kernel.backward(out, packed, sums, begin, end); });
+    kernel.finish_sums(out, sums);
+  });
+}
+
 inline constexpr Kernels kernels(const char* isa) {
-  return {isa, forward, backward, step, maps, fold, forward_pieces, backward_pieces};
+  return {isa, forward, backward, step, maps, fold, forward_pieces, backward_pieces, correct, correct_backward};
 }
 
 }  // namespace DELTAMEM_ISA

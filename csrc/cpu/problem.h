@@ -54,6 +54,27 @@ struct Step {
 };
 constexpr int64_t kNoSlot = -1;
 
+// attention_correction and its fused form: B x T rows of D numbers; K = H R. An operand's strides are those of batch
+// row, token, and number, the last (reads: head before number; weight: row before column, no others); data is null
+// where absent.
+struct Correction {
+  int64_t B, T, D, H, R, K;
+  bool double_precision;
+  Operand base, reads, weight, gain, norm_weight, cos, sin, out;
+  double scale, norm_eps;
+  int64_t head_dim;  // 0: the norm is over the correction
+};
+
+// Gradients, contiguous; data is null where nobody asks. Sums over rows are those of `groups` of rows, each in order.
+struct CorrectionGradients {
+  Operand d_out, base, reads, weight, gain, norm_weight;
+  int64_t groups;
+};
+
+// Calls call(body, begin, end) on parts of [0, n), on several threads where each has a part of `grain` or more.
+typedef void (*ForRange)(int64_t n, int64_t grain, const void* body,
+                         void (*call)(const void* body, int64_t begin, int64_t end));
+
 // A chunk of one head: the sequence x head, and the first of its tokens, counted from the sequence's start.
 struct Piece {
   int64_t task, first;
@@ -76,6 +97,8 @@ struct Kernels {
   void (*forward_pieces)(const Problem&, const ForwardOutput&, const Piece*, int64_t begin, int64_t end);
   void (*backward_pieces)(const Problem&, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
                           const void* d_checkpoints, const BackwardOutput&, const Piece*, int64_t begin, int64_t end);
+  void (*correct)(const Correction&, ForRange);
+  void (*correct_backward)(const Correction&, const CorrectionGradients&, ForRange);
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512;

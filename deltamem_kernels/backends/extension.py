@@ -56,6 +56,16 @@ def delta_step(*operands):
     _library().step(*operands)
 
 
+def correct(*operands):
+    """See `reference.correct`."""
+    return _library().correct(*operands)
+
+
+def correct_backward(*operands):
+    """See `reference.correct_backward`."""
+    return _library().correct_backward(*operands)
+
+
 @functools.cache
 def _missing() -> str | None:
     if build.built_ahead(build.library_name()).exists() or _cached(build.library_name()).exists():

@@ -46,9 +46,9 @@ def check_shape(name: str, x: Tensor, shapes: Sequence[tuple[int, ...]], wanted:
     fail(ValueError, name, f"{wanted} = {' or '.join(str(list(s)) for s in shapes)}", x)
 
 
-def check_device(name: str, x: Tensor, device: torch.device) -> None:
+def check_device(name: str, x: Tensor, device: torch.device, of: str = "q") -> None:
     if x.device != device:
-        fail(ValueError, name, f"on q's device {device}", x)
+        fail(ValueError, name, f"on {of}'s device {device}", x)
 
 
 def check_mode(mode: object) -> None:

@@ -79,6 +79,20 @@ def delta_step(
     )  # fmt: skip
 
 
+def correct(*operands) -> Tensor:
+    """As in backends/reference_correction.py, in one launch."""
+    from . import correction
+
+    return correction.correct(*operands)
+
+
+def correct_backward(*operands) -> list[Tensor | None]:
+    """As in backends/reference_correction.py, in at most two launches and the sums of what they leave."""
+    from . import correction
+
+    return correction.correct_backward(*operands)
+
+
 def unavailable_reason(device: torch.device) -> str | None:
     """Why the kernels cannot run on tensors of this device, in a sentence; None where they can."""
     if device.type not in ("cpu", "cuda"):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import re
 import subprocess
@@ -134,6 +135,50 @@ def _step(operands: list, mode: str) -> tuple:
     return "step", step.delta_step_kernel, arguments
 
 
+def correction_report(
+    archs: tuple[int, ...] = (80, 90, 100, 120),
+    ranks: tuple[int, ...] = (8, 32),
+    dtype: torch.dtype = torch.bfloat16,
+    columns: int = 2560,
+    head_dim: int = 128,
+) -> list[Row]:
+    """The kernels of the correction in three forms, and of their backward with all gradients; a row's rank is H·R."""
+    import triton
+
+    from . import correction
+
+    if not isinstance(correction.correct_kernel, triton.JITFunction):
+        raise RuntimeError("the report compiles the kernels: run it without TRITON_INTERPRET")
+    rows = []
+    for rank, (form, norm, head, rope) in itertools.product(
+        ranks, (("plain", 0, 0, False), ("norm", columns, 0, False), ("head", head_dim, head_dim, True))
+    ):
+        base = torch.empty(1, 128, columns, dtype=dtype)
+        table = torch.empty(1, 128, head_dim, dtype=dtype) if rope else None
+        operands = (
+            base if norm and head else None,
+            torch.empty(1, 128, 1, rank, dtype=dtype),
+            torch.empty(columns, rank, dtype=dtype),
+            torch.empty((), dtype=dtype),
+            torch.empty(norm, dtype=dtype) if norm else None,
+            *(table, table, 1.0, 1e-6, head),
+        )
+        _, forward = correction.correct_arguments(base, *operands[1:], base)
+        needs = [head > 0, True, True, True, norm > 0]
+        (_, by_row), (_, by_column) = correction.backward_arguments(base, *operands, needs)
+        kernels = (
+            (f"{form}", correction.correct_kernel, forward),
+            (f"{form}_rows", correction.backward_rows_kernel, by_row),
+            (f"{form}_cols", correction.backward_columns_kernel, by_column),
+        )
+        rows += [
+            Row(name, rank, arch, *_usage(_compile(kernel, arguments, arch)))
+            for arch in archs
+            for name, kernel, arguments in kernels
+        ]
+    return rows
+
+
 def _operands(rank, heads, dtype, mode, free_decay, per_head, mask, cu_seqlens) -> list[torch.Tensor | None]:
     """Operands of the ops in their order; only dtypes, shapes and strides matter."""
     B, T = 1, TOKENS
@@ -170,7 +215,7 @@ def _compile(kernel, arguments: dict, arch: int) -> bytes:
             if specialized:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),

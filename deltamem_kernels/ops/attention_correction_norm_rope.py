@@ -1,0 +1,83 @@
+"""`attention_correction_norm_rope`: the correction of a query or key, with what an attention layer does to it next."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_device, check_float, check_shape, fail
+from ._memory import check_writable
+from .attention_correction import check, run
+
+
+def attention_correction_norm_rope(
+    base: Tensor,
+    reads: Tensor,
+    weight: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    head_dim: int,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Corrects the output of a query or key projection, then applies to each head its RMSNorm and the rotary position
+    embedding, in one pass: `y = base + scale · reads Wᵀ`, and for each head of y::
+
+        n = RMSNorm(y) · norm_weight
+        (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of n
+
+    as Llama, Qwen3 and SmolLM3 have it. The heads stay side by side, as the projection left them; for attention take
+    `result.unflatten(-1, (-1, head_dim)).transpose(1, 2)`, `[B, heads, T, head_dim]`.
+
+    Args:
+        base: `[B, T, heads · head_dim]`, or `[N, heads · head_dim]` for decoding; as in `attention_correction`.
+        reads, weight, scale: as in `attention_correction`.
+        head_dim: the numbers of a head of the attention layer (not of the memory's R).
+        norm_weight: `[head_dim]`, the layer's q_norm or k_norm; None where it has none.
+        norm_eps: added to the mean square before the root.
+        cos, sin: `[B, T, head_dim]` or `[1, T, head_dim]` (`[N, head_dim]` or `[1, head_dim]`), any float dtype, as the
+            model's rotary embedding makes them, for both halves; no gradient. None, both, for a layer without rotary.
+        out: as in `attention_correction`. `out=base` with a norm cannot be recorded for backward, which needs base.
+        backend: as in `delta_update`.
+
+    Returns:
+        The result in base's shape and dtype, rounded once; `out` if it was given. Differentiable once in base, reads,
+        weight, norm_weight and a tensor scale. Backward keeps the operands, base only where there is a norm, and no
+        other tensor of base's size. The same bits on every run; a row does not depend on the others.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, before anything runs.
+        RuntimeError: out is a leaf that requires grad, or a view of one, and gradients are recorded.
+        BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
+    """
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int):
+        fail(TypeError, "head_dim", "an integer", head_dim)
+    check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim)
+    if head_dim < 1 or base.shape[-1] % head_dim:
+        raise ValueError(f"head_dim must divide base's last dimension {base.shape[-1]}, got {head_dim}")
+    _check_rotary(base, head_dim, cos, sin)
+    if out is not None:
+        check_writable("out", out, ("cos", "sin"), (cos, sin))
+    return run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, out, backend)
+
+
+def _check_rotary(base: Tensor, head_dim: int, cos, sin) -> None:
+    if (cos is None) != (sin is None):
+        raise ValueError(f"cos and sin must be given both or neither, got only {'sin' if cos is None else 'cos'}")
+    if cos is None:
+        return
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even for a rotary embedding, got {head_dim}")
+    wanted = "[B, T, head_dim] or [1, T, head_dim]" if base.ndim == 3 else "[N, head_dim] or [1, head_dim]"
+    shapes = ((*base.shape[:-1], head_dim), (1, *base.shape[1:-1], head_dim))
+    for name, x in (("cos", cos), ("sin", sin)):
+        check_float(name, x, wanted)
+        if x.shape != shapes[0]:
+            check_shape(name, x, shapes, wanted)
+        check_device(name, x, base.device, "base")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"{name} must not require grad: there is no gradient for it")

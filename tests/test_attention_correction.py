@@ -1,0 +1,428 @@
+"""attention_correction: every backend against the float64 oracle, in place and not, and as a citizen of PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from correction_problems import (
+    NAMES,
+    Correction,
+    as_a_layer_would,
+    check,
+    check_16_bit,
+    cotangent_for,
+    kept_for_backward,
+    make,
+    oracle,
+)
+from problems import FLOAT32_TOLERANCE, error, fence
+from torch import Tensor
+
+from deltamem_kernels import attention_correction
+
+FORMS = {"plain": {}, "norm": {"norm": True}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_oracle_is_what_a_layer_would_run(form):
+    problem = make(H=2, R=4, **FORMS[form]).to(torch.float64)
+    exact = as_a_layer_would(**problem.operands, **problem.options)  # its norm is in float32
+    assert error(problem.forward("reference"), exact) <= (
+        1e-6 if problem.operands.get("norm_weight") is not None else 1e-14
+    )
+
+
+def test_by_hand():
+    base, reads, weight = (
+        torch.tensor([[1.0, 2.0]]),
+        torch.tensor([[3.0, 4.0]]),
+        torch.tensor([[1.0, 0.0], [0.5, -1.0]]),
+    )
+    plain = attention_correction(base, reads, weight, 2.0, backend="reference")
+    assert plain.tolist() == [[1 + 2 * 3, 2 + 2 * (1.5 - 4)]]
+    rms = ((6**2 + 5**2) / 2) ** 0.5
+    normed = attention_correction(base, reads, weight, 2.0, norm_weight=torch.tensor([1.0, 10.0]), backend="reference")
+    torch.testing.assert_close(normed, torch.tensor([[1 + 6 / rms, 2 - 50 / rms]]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_the_reference(form):
+    """Against differences of its own values; the other backends are held against its gradients."""
+    problem = make(B=1, T=2, H=2, R=2, D=3, dtype=torch.float64, **FORMS[form])
+    names, leaves = list(problem.operands), [x.requires_grad_() for x in problem.operands.values()]
+
+    def call(*operands: Tensor) -> Tensor:
+        return attention_correction(**dict(zip(names, operands, strict=True)), backend="reference")
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", [0, 1, 2, 3, 4, 5, 67])
+def test_lengths(implementation, form, T):
+    T = min(T, 18) if implementation.slow else T
+    check(make(T=T, D=40, device=implementation.device, **FORMS[form]), implementation)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("H", "R"), [(1, 1), (1, 3), (2, 4), (1, 8), (3, 5), (4, 8), (1, 33), (1, 128), (3, 64)])
+def test_heads_and_ranks(implementation, form, H, R):
+    check(make(B=1, T=3, H=H, R=R, device=implementation.device, **FORMS[form]), implementation)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("D", [1, 2, 15, 16, 17, 63, 64, 65, 130, 576])
+def test_widths(implementation, form, D):
+    check(make(B=1, T=3, D=D, device=implementation.device, **FORMS[form]), implementation)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("B", "T"), [(0, 3), (3, 0), (None, 0)])
+def test_nothing_to_correct(implementation, form, B, T):
+    """No rows: an empty result, and gradients of zeros for what has some shape all the same."""
+    problem = make(B=B, T=T, device=implementation.device, **FORMS[form])
+    ours = problem.forward_backward(implementation.backend, cotangent_for(problem))
+    assert ours["out"].shape == problem.operands["base"].shape
+    assert all(ours[f"d_{n}"].shape == x.shape for n, x in problem.operands.items())
+    assert all(torch.count_nonzero(x) == 0 for x in ours.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "shape", [{"B": None}, {"H": None}, {"B": None, "H": None}, {"scale": -0.5}, {"scale": 3}], ids=str
+)
+def test_other_shapes_of_a_call(implementation, form, shape):
+    """Decoding, one head without its dimension, a scale that is a number."""
+    check(make(device=implementation.device, **FORMS[form], **shape), implementation)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("D", [16, 37])
+def test_operands_between_nans(implementation, form, D):
+    check(make(D=D, H=2, R=3, fenced=True, device=implementation.device, **FORMS[form]), implementation, fenced=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [48, 37])
+def test_16_bit_operands(implementation, form, dtype, D):
+    T = 6 if implementation.slow else 60
+    check_16_bit(make(T=T, D=D, dtype=dtype, device=implementation.device, **FORMS[form]), implementation)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float32, torch.float16])
+def test_mixed_dtypes(implementation, form, base):
+    dtypes = {"base": base, "reads": torch.bfloat16, "weight": torch.float16, "norm_weight": torch.bfloat16}
+    check(make(dtype=dtypes, device=implementation.device, **FORMS[form]), implementation)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float64(implementation, form):
+    check(make(dtype=torch.float64, D=37, device=implementation.device, **FORMS[form]), implementation, tolerance=1e-13)
+    check(make(dtype={"weight": torch.float64}, device=implementation.device, **FORMS[form]), implementation)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("subset", [s for n in range(1, 6) for s in itertools.combinations(NAMES, n)], ids="-".join)
+def test_every_subset_of_frozen_operands(implementation, norm, subset):
+    if not norm and "norm_weight" in subset:
+        subset = tuple(n for n in subset if n != "norm_weight") or ("weight",)
+    check(make(B=1, T=3, norm=norm, D=20, device=implementation.device), implementation, wanted=subset)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_reads_are_no_correction(implementation, form):
+    """A state that has seen nothing: base comes out as it went in, bit for bit; the norm of nothing is nothing."""
+    problem = make(device=implementation.device, **FORMS[form])
+    problem.operands["reads"].zero_()
+    assert torch.equal(problem.forward(implementation.backend), problem.operands["base"])
+
+
+# In place, and into other tensors
+
+
+def fused_projection(problem: Correction) -> tuple[Tensor, Tensor]:
+    """base as the middle of a wider tensor's rows, and the whole."""
+    base = problem.operands["base"]
+    whole = torch.randn(*base.shape[:-1], base.shape[-1] + 11).to(base)
+    middle = whole[..., 4 : 4 + base.shape[-1]]
+    middle.copy_(base)
+    return middle, whole
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("D", [24, 37])
+def test_in_place_in_a_fused_projection(implementation, form, D):
+    problem = make(D=D, device=implementation.device, **FORMS[form])
+    plain = problem.forward(implementation.backend)
+    base, whole = fused_projection(problem)
+    before, version = whole.clone(), base._version
+    problem.operands["base"] = base
+    assert problem.forward(implementation.backend, out=base) is base
+    assert base._version > version
+    assert torch.equal(base, plain)
+    assert torch.equal(whole[..., :4], before[..., :4])
+    assert torch.equal(whole[..., 4 + D :], before[..., 4 + D :])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("fenced", [False, True])
+def test_into_another_tensor(implementation, form, fenced):
+    problem = make(device=implementation.device, **FORMS[form])
+    base = problem.operands["base"].clone()
+    out = torch.full_like(base, float("nan"))
+    out = fence(out) if fenced else out
+    assert problem.forward(implementation.backend, out=out) is out
+    assert torch.equal(out, problem.forward(implementation.backend))
+    assert torch.equal(problem.operands["base"], base)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("where", ["base", "other", "slice"])
+def test_gradients_through_out(implementation, form, frozen, where):
+    """In place, into another tensor, into a slice of a third: what flows on is what flows without out."""
+    problem = make(device=implementation.device, scale=0.5, **FORMS[form])
+    wanted = tuple(n for n in problem.operands if not (frozen and n == "base"))
+    cotangent = cotangent_for(problem)
+    plain = problem.forward_backward(implementation.backend, cotangent, wanted)
+    leaves = {n: x.detach().clone().requires_grad_(n in wanted) for n, x in problem.operands.items()}
+    made = {n: x * 1 if n in wanted else x for n, x in leaves.items()}  # a leaf cannot be written in place
+    if where == "slice":
+        whole = torch.zeros(*made["base"].shape[:-1], made["base"].shape[-1] + 3, device=implementation.device)
+        out = whole[..., 1:-2]
+    else:
+        whole = out = made["base"] if where == "base" else torch.zeros_like(made["base"])
+    result = problem.function(**made, **problem.options, backend=implementation.backend, out=out)
+    assert result is out
+    assert torch.equal(result.detach(), plain["out"])
+    seen = whole[..., 1:-2] if where == "slice" else whole
+    grads = torch.autograd.grad((seen * cotangent).sum(), [leaves[n] for n in wanted])
+    for name, g in zip(wanted, grads, strict=True):
+        assert torch.equal(g, plain[f"d_{name}"]), name
+
+
+def test_leaves_are_not_written_in_place(implementation):
+    problem = make(device=implementation.device)
+    base = problem.operands["base"].requires_grad_()
+    before = base.detach().clone()
+    with pytest.raises(RuntimeError, match="out is a leaf that requires grad"):
+        problem.forward(implementation.backend, out=base)
+    problem.operands["base"] = base[:, 1:]
+    problem.operands["reads"] = problem.operands["reads"][:, 1:]
+    with pytest.raises(RuntimeError, match="out is a view of a leaf that requires grad"):
+        problem.forward(implementation.backend, out=problem.operands["base"])
+    assert torch.equal(base, before)
+    with torch.no_grad():
+        problem.forward(implementation.backend, out=problem.operands["base"])
+    assert not torch.equal(base, before)
+
+
+def test_what_backward_needs_must_not_change(implementation):
+    """autograd hears of the writing: a tensor kept for another's backward is not silently another."""
+    problem = make(device=implementation.device)
+    with torch.no_grad():
+        base = problem.operands["base"]
+    x = torch.randn_like(base, requires_grad=True)
+    product = x * base
+    with torch.no_grad():
+        problem.forward(implementation.backend, out=base)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+# Promises
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_each_other(implementation, form, dtype):
+    """Each token alone has the bits that it has among others, in value and in the gradient of its reads."""
+    T = 7 if implementation.slow else 133
+    problem = make(B=1, T=T, D=130, dtype=dtype, scale=0.7, device=implementation.device, **FORMS[form])
+    cotangent = cotangent_for(problem)
+    wanted = ("base", "reads")
+    together = problem.forward_backward(implementation.backend, cotangent, wanted)
+    for t in (0, 1, T // 2, T - 1):
+        part = {n: x[:, t : t + 1] if n in wanted else x for n, x in problem.operands.items()}
+        alone = Correction(problem.function, part, problem.options)
+        alone = alone.forward_backward(implementation.backend, cotangent[:, t : t + 1], wanted)
+        for name, x in alone.items():
+            assert torch.equal(x, together[name][:, t : t + 1]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_run_has_the_same_bits(implementation, form):
+    T = 6 if implementation.slow else 700
+    problem = make(T=T, D=100, device=implementation.device, **FORMS[form])
+    cotangent = cotangent_for(problem)
+    first = problem.forward_backward(implementation.backend, cotangent)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1,) if implementation.slow else (1, 2, 3):
+            torch.set_num_threads(n)
+            again = problem.forward_backward(implementation.backend, cotangent)
+            assert all(torch.equal(again[name], x) for name, x in first.items()), n
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("base_wanted", [False, True])
+def test_nothing_of_bases_size_is_kept_for_backward(implementation, form, base_wanted):
+    problem = make(device=implementation.device, **FORMS[form])
+    wanted = tuple(n for n in problem.operands if base_wanted or n != "base")
+    assert kept_for_backward(problem, implementation.backend, wanted) == []
+
+
+def test_arguments_stay_as_they_were(implementation):
+    problem = make(norm=True, fenced=True, device=implementation.device)
+    before = {n: x.clone() for n, x in problem.operands.items()}
+    problem.forward_backward(implementation.backend, cotangent_for(problem))
+    assert all(torch.equal(x, before[n]) for n, x in problem.operands.items())
+
+
+def test_autocast(implementation):
+    """base and reads in bfloat16 from autocast's layers, weights in float32: autocast does not reach the arithmetic."""
+    dtypes = {"base": torch.bfloat16, "reads": torch.bfloat16}
+    problem = make(dtype=dtypes, norm=True, device=implementation.device)
+    with torch.autocast(implementation.device, torch.bfloat16):
+        check(problem, implementation)
+
+
+def test_a_second_derivative_is_refused_in_words(implementation):
+    problem = make(device=implementation.device)
+    weight = problem.operands["weight"].requires_grad_()
+    (g,) = torch.autograd.grad(problem.forward(implementation.backend).square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        g.sum().backward()
+
+
+# Operators and torch.compile
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("fenced", [False, True])
+def test_opcheck(backend, form, fenced):
+    problem = make(fenced=fenced, **FORMS[form])
+    base, reads, weight, gain = (problem.operands[n] for n in NAMES[:4])
+    operands = (reads, weight, gain, problem.operands.get("norm_weight"), None, None)
+    options = (1.5, 1e-6, 0, backend)
+    ops = torch.ops.deltamem_kernels
+    torch.library.opcheck(ops.correct.default, (base, *operands, *options))
+    torch.library.opcheck(ops.correct_into.default, (base.clone(), None, *operands, *options))
+    torch.library.opcheck(ops.correct_into.default, (torch.empty_like(base), base, *operands, *options))
+    for needs in ([False, True, True, True, form == "norm"], [False, True, False, False, False]):
+        torch.library.opcheck(ops.correct_backward.default, (base, None, *operands, *options, needs))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("how", ["new", "in place", "in place in a slice", "other"])
+@pytest.mark.parametrize("training", [False, True])
+def test_under_torch_compile(backend, how, training):
+    """One graph, the mutation seen, the gradients too."""
+    torch._dynamo.reset()
+
+    def layer(x: Tensor, projection: Tensor, reads: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        y = x @ projection
+        base = y[..., 2:] if how == "in place in a slice" else y
+        weight = weight[: base.shape[-1]]
+        out = {"new": None, "other": torch.zeros_like(base)}.get(how, base)
+        corrected = attention_correction(base, reads, weight, scale, out=out, backend=backend)
+        return corrected.tanh() + (0 if out is None else out) + y.sum()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (3, 4, 7):
+        shapes = ((2, T, 6), (6, 20), (2, T, 2, 4), (20, 8), ())
+        operands = [torch.randn(s).requires_grad_(training) for s in shapes]
+        ours, eager = compiled(*operands), layer(*operands)
+        assert error(ours.detach(), eager.detach()) <= FLOAT32_TOLERANCE
+        if training:
+            for a, b in zip(*(torch.autograd.grad(y.square().sum(), operands) for y in (ours, eager)), strict=True):
+                assert error(a, b) <= FLOAT32_TOLERANCE
+
+
+# Bad input
+
+
+def good() -> dict[str, object]:
+    problem = make(H=2, R=4, norm=True)
+    return {**problem.operands, "out": torch.empty_like(problem.operands["base"]), "norm_eps": 1e-6}
+
+
+def bad(name: str, change: Callable[[object], object], kind: type[Exception], *words: str) -> object:
+    return pytest.param(name, change, kind, words, id=f"{name}-{words[-1]}")
+
+
+FLOATS = "float16, bfloat16, float32 or float64"
+SHAPES = "[B, T, H, R] or [B, T, R]"
+CASES = [
+    *(bad(n, lambda x: x.tolist(), TypeError, f"{n} must be a tensor", "got") for n in (*NAMES[:3], "norm_weight")),
+    *(bad(n, lambda x: x.long(), TypeError, f"{n} must be {FLOATS}", "got int64") for n in NAMES),
+    *(bad(n, lambda x: x.to_sparse(), TypeError, f"{n} must be a dense tensor", "got sparse_coo") for n in NAMES[:3]),
+    *(bad(n, lambda x: x.to("meta"), ValueError, f"{n} must be on base's device cpu", "on meta")
+      for n in (*NAMES[1:], "out")),
+    bad("base", lambda x: x[0, 0], ValueError, "base must be [B, T, D] or [N, D]", "got float32 [24]"),
+    bad("base", lambda x: x[None], ValueError, "base must be [B, T, D] or [N, D]", "got float32 [1, 2, 5, 24]"),
+    bad("weight", lambda x: x[:-1], ValueError, "weight must be [D, H·R] = [24, H·R]", "got float32 [23, 8]"),
+    bad("weight", lambda x: x[:, :0], ValueError, "weight must be", "H·R at least 1", "got float32 [24, 0]"),
+    bad("weight", lambda x: x.t(), ValueError, "weight must be [D, H·R]", "got float32 [8, 24]"),
+    bad("weight", lambda x: x[None], ValueError, "weight must be [D, H·R]", "got float32 [1, 24, 8]"),
+    bad("reads", lambda x: x[:, :4], ValueError, f"reads must be {SHAPES}, [2, 5]", "got float32 [2, 4, 2, 4]"),
+    bad("reads", lambda x: x[..., :3], ValueError, "reads must be", "H·R = 8", "got float32 [2, 5, 2, 3]"),
+    bad("reads", lambda x: x[0], ValueError, "reads must be", "got float32 [5, 2, 4]"),
+    bad("scale", lambda x: x[None], ValueError, "scale must be a number = []", "got float32 [1]"),
+    bad("scale", lambda x: "1", TypeError, "scale must be a number, or a tensor of no dimensions", "got str"),
+    bad("scale", lambda x: True, TypeError, "scale must be a number", "got bool"),
+    bad("norm_weight", lambda x: x[:-1], ValueError, "norm_weight must be [D] = [24]", "got float32 [23]"),
+    bad("norm_eps", lambda x: "1", TypeError, "norm_eps must be a number", "got str"),
+    bad("norm_eps", lambda x: -1e-6, ValueError, "norm_eps must be at least 0", "got float -1e-06"),
+    bad("norm_eps", lambda x: float("nan"), ValueError, "norm_eps must be at least 0", "got float nan"),
+    bad("out", lambda x: x.double(), TypeError, "out must be a dense float32 tensor, as base is", "got float64"),
+    bad("out", lambda x: x[:1], ValueError, "out must be of base's shape", "got float32 [1, 5, 24]"),
+    bad("out", lambda x: x[:1].expand(2, -1, -1), ValueError, "out must be a tensor with a place for each", "got"),
+    bad("out", lambda x: [], TypeError, "out must be a dense float32 tensor", "got list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "kind", "words"), CASES)
+def test_bad_input(name, change, kind, words):
+    call = good()
+    call[name] = change(call[name])
+    before = call["out"].clone() if isinstance(call["out"], Tensor) and call["out"].device.type == "cpu" else None
+    with pytest.raises(kind) as caught:
+        attention_correction(**call)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    if before is not None:
+        assert torch.equal(call["out"].nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_out_must_not_lie_under_an_operand(in_place):
+    memory = torch.randn(2, 5, 60)
+    base, reads = memory[..., :24], memory[..., 20:28]
+    weight = torch.randn(24, 8)
+    with pytest.raises(ValueError, match="out must not share memory with reads"):
+        attention_correction(base if in_place else torch.randn(2, 5, 24), reads, weight, out=base)
+    with pytest.raises(ValueError, match="out must not share memory with base"):
+        attention_correction(base, torch.randn(2, 5, 8), weight, out=memory[..., 1:25])
+    under = memory.view(-1)[: 24 * 24].view(24, 24)
+    with pytest.raises(ValueError, match="out must not share memory with weight"):
+        attention_correction(torch.randn(1, 1, 24), torch.randn(1, 1, 24), under, out=base[:1, :1])
+
+
+def test_slices_of_the_same_rows_are_apart(implementation):
+    """base, out and reads side by side in one buffer, as a fused projection leaves them."""
+    memory = torch.randn(2, 5, 60, device=implementation.device)
+    base, reads, out = memory[..., :24], memory[..., 24:32], memory[..., 32:56]
+    weight = torch.randn(24, 8, device=implementation.device)
+    exact = oracle(Correction(attention_correction, {"base": base, "reads": reads, "weight": weight}), base)["out"]
+    attention_correction(base, reads, weight, out=out, backend=implementation.backend)
+    assert error(out, exact) <= FLOAT32_TOLERANCE
+    attention_correction(base, reads, weight, out=base, backend=implementation.backend)
+    assert error(base, exact) <= FLOAT32_TOLERANCE
