@@ -4,13 +4,19 @@ from ._version import __version__
 from .backends import BackendStatus, BackendUnavailableError, backends
 from .ops.delta_step import delta_step
 from .ops.delta_update import DeltaUpdateOutput, delta_update
+from .ops.memory_projection import MemoryProjection, memory_projection
+from .ops.segment_mean import SegmentMean, segment_mean
 
 __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
     "DeltaUpdateOutput",
+    "MemoryProjection",
+    "SegmentMean",
     "__version__",
     "backends",
     "delta_step",
     "delta_update",
+    "memory_projection",
+    "segment_mean",
 ]

@@ -6,34 +6,28 @@ arithmetic is float32, or float64 as soon as one operand is float64.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from .arithmetic import accumulation_dtype, as_kernel
+from .reference_projection import (
+    memory_projection_backward as memory_projection_backward,
+)
+from .reference_projection import (
+    memory_projection_forward as memory_projection_forward,
+)
+from .reference_projection import (
+    segment_mean_backward as segment_mean_backward,
+)
+from .reference_projection import (
+    segment_mean_forward as segment_mean_forward,
+)
+
 CHECKPOINT_INTERVAL = 64
 """A state is kept for backward before every 64th token of a sequence; what lies between is computed again."""
-
-
-def _as_kernel(function: Callable) -> Callable:
-    """As a kernel would, the function records no gradient and does not hear of autocast."""
-
-    @functools.wraps(function)
-    def plain(*operands):
-        device = next(x.device.type for x in operands if isinstance(x, Tensor))
-        autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-        with torch.no_grad(), autocast:
-            return function(*operands)
-
-    return plain
-
-
-def accumulation_dtype(*operands: Tensor | None) -> torch.dtype:
-    """float64 as soon as one operand is float64, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in operands) else torch.float32
 
 
 def gates(mode: str, beta: Tensor, decay: Tensor | None, write: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +84,7 @@ def masked(mask: Tensor | None, x: Tensor, value: float = 0.0) -> Tensor:
     return x if mask is None else torch.where(mask[:, :, None, None], x, value)
 
 
-@_as_kernel
+@as_kernel
 def delta_update_forward(
     q: Tensor,
     k: Tensor,
@@ -129,7 +123,7 @@ def delta_update_forward(
     return reads, final_state, checkpoints
 
 
-@_as_kernel
+@as_kernel
 def delta_update_backward(
     d_reads: Tensor | None,
     d_final_state: Tensor | None,
@@ -218,7 +212,7 @@ def _as_input(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     return (grad if grad.ndim == x.ndim else grad.sum(-1)).to(x.dtype).contiguous()
 
 
-@_as_kernel
+@as_kernel
 def delta_step(
     state: Tensor,
     q: Tensor,
