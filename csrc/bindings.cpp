@@ -1,26 +1,19 @@
-// The only file that knows torch: tensors to raw pointers, threads, the choice of the instruction set.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+// The delta rule, and the choice of the instruction set.
+#include "bindings.h"
+
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cpu/problem.h"
-
 namespace py = pybind11;
 using at::Tensor;
-typedef std::optional<Tensor> MaybeTensor;
 
 namespace deltamem {
-namespace {
 
-std::vector<const Kernels*> supported_kernels() {
+static std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> found;
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -37,6 +30,18 @@ const Kernels*& kernels() {
   return chosen;
 }
 
+DType dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kHalf: return DType::f16;
+    case at::kBFloat16: return DType::bf16;
+    case at::kFloat: return DType::f32;
+    case at::kDouble: return DType::f64;
+    default: throw std::invalid_argument(std::string("no kernel for dtype ") + c10::toString(x.scalar_type()));
+  }
+}
+
+namespace {
+
 void use_isa(const std::string& name) {
   for (const Kernels* k : supported_kernels())
     if (name == k->isa) {
@@ -50,16 +55,6 @@ std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (const Kernels* k : supported_kernels()) names.emplace_back(k->isa);
   return names;
-}
-
-DType dtype(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kHalf: return DType::f16;
-    case at::kBFloat16: return DType::bf16;
-    case at::kFloat: return DType::f32;
-    case at::kDouble: return DType::f64;
-    default: throw std::invalid_argument(std::string("no kernel for dtype ") + c10::toString(x.scalar_type()));
-  }
 }
 
 // A gate per head, [B, T, H], has the same number in all rows: stride 0. Without tokens ([N, H, R], one token each)
@@ -181,22 +176,6 @@ std::vector<MaybeTensor> backward(const MaybeTensor& d_reads, const MaybeTensor&
   return grads;
 }
 
-// Numbers of an int32 or int64 tensor; null where it is absent.
-struct Indices {
-  const void* data = nullptr;
-  bool wide = false;
-  int64_t stride[2] = {};
-  explicit Indices(const MaybeTensor& x) {
-    if (!x) return;
-    data = x->const_data_ptr(), wide = x->scalar_type() == at::kLong;
-    for (int64_t i = 0; i < x->dim(); ++i) stride[i] = x->stride(i);
-  }
-  int64_t at(int64_t i, int64_t j = 0) const {
-    const int64_t offset = i * stride[0] + j * stride[1];
-    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
-  }
-};
-
 int64_t checked_slot(int64_t s, int64_t pad, int64_t slots) {
   if (s == pad) return kNoSlot;
   if (s < 0 || s >= slots)
@@ -252,6 +231,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forward", &deltamem::forward);
   m.def("backward", &deltamem::backward);
   m.def("step", &deltamem::step);
+  deltamem::bind_projection(m);
   m.def("isas", &deltamem::isas, "The instruction sets this processor has, the best first.");
   m.def("use_isa", &deltamem::use_isa, "Run the kernels of this instruction set from now on.");
   m.def("isa", [] { return std::string(deltamem::kernels()->isa); });

@@ -11,8 +11,15 @@
 #define DELTAMEM_VECTOR_BYTES 64
 #include "kernels.h"
 
-extern const deltamem::Kernels deltamem::kAvx512{"avx512", deltamem::avx512::forward, deltamem::avx512::backward,
-                                                 deltamem::avx512::step};
+extern const deltamem::Kernels deltamem::kAvx512{
+    "avx512",
+    deltamem::avx512::forward,
+    deltamem::avx512::backward,
+    deltamem::avx512::step,
+    deltamem::avx512::kGroup,
+    deltamem::avx512::project,
+    deltamem::avx512::kSegmentColumns,
+    deltamem::avx512::segments};
 
 #ifdef __clang__
 #pragma clang attribute pop

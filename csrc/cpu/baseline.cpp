@@ -3,5 +3,12 @@
 #define DELTAMEM_VECTOR_BYTES 16
 #include "kernels.h"
 
-extern const deltamem::Kernels deltamem::kBaseline{"baseline", deltamem::baseline::forward, deltamem::baseline::backward,
-                                                   deltamem::baseline::step};
+extern const deltamem::Kernels deltamem::kBaseline{
+    "baseline",
+    deltamem::baseline::forward,
+    deltamem::baseline::backward,
+    deltamem::baseline::step,
+    deltamem::baseline::kGroup,
+    deltamem::baseline::project,
+    deltamem::baseline::kSegmentColumns,
+    deltamem::baseline::segments};

@@ -2,6 +2,8 @@
 // names it in DELTAMEM_ISA and says how many bytes its vectors have.
 #pragma once
 
+#include "projection.h"
+#include "segments.h"
 #include "step.h"
 
 namespace deltamem {

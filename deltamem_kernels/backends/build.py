@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-SOURCES = ("bindings.cpp", "cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp")
+SOURCES = ("bindings.cpp", "bindings_projection.cpp", "cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp")
 
 
 def source_root() -> Path:

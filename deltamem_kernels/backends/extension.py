@@ -19,6 +19,8 @@ import torch
 from torch._appdirs import user_cache_dir  # torch.utils.cpp_extension, which knows it too, needs setuptools
 
 from . import build
+from .reference_projection import memory_projection_backward as memory_projection_backward
+from .reference_projection import segment_mean_backward as segment_mean_backward
 
 _lock = threading.Lock()
 
@@ -53,6 +55,16 @@ def delta_update_backward(*operands):
 def delta_step(*operands):
     """See `reference.delta_step`."""
     _library().step(*operands)
+
+
+def memory_projection_forward(*operands):
+    """See `reference.memory_projection_forward`."""
+    return _library().memory_projection(*operands)
+
+
+def segment_mean_forward(*operands):
+    """See `reference.segment_mean_forward`."""
+    return _library().segment_mean(*operands)
 
 
 @functools.cache
