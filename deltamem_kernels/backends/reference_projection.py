@@ -76,10 +76,10 @@ def memory_projection_backward(
 
 def _through_the_activations(d_q, d_k, d_v, d_beta, d_decay, q, k, beta, decay, norms) -> Tensor:
     """The gradient of Wx + b, `[..., 3·H·R + gates]` in the order q, k, v, beta, decay."""
-    norm_q, norm_k = norms if norms.numel() else (None, None)
+    norm_q, norm_k = norms if norms.ndim > 1 else (None, None)
     parts = [_normalized_adjoint(d_q, q, norm_q), _normalized_adjoint(d_k, k, norm_k)]
     parts += [torch.zeros_like(q) if d_v is None else d_v, _sigmoid_adjoint(d_beta, beta)]
-    if decay.numel():
+    if decay.ndim > 1:
         parts.append(_sigmoid_adjoint(d_decay, decay))
     return torch.cat([part.reshape(*q.shape[:-2], -1) for part in parts], dim=-1)
 
