@@ -85,9 +85,59 @@ def report(
             )
             kernels.append(("step", step.delta_step_kernel, one))
         rows += [
-            Row(name, rank, arch, *_usage(_compile(kernel, arguments, arch)))
+            Row(name, rank, arch, *_usage(*_compile(kernel, arguments, arch)))
             for arch in archs
             for name, kernel, arguments in kernels
+        ]
+    return rows
+
+
+def layer_report(
+    archs: tuple[int, ...] = (80, 90, 100, 120),
+    ranks: tuple[int, ...] = (4, 8, 16),
+    heads: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    weight_dtype: torch.dtype = torch.float32,
+    free_decay: bool = True,
+    per_head: bool = False,
+    mask: bool = True,
+) -> list[Row]:
+    """The kernels of memory_projection (many tokens, few, and what backward launches) and of segment_mean."""
+    import triton
+
+    from . import memory_projection, projection, segments
+
+    if not isinstance(projection.memory_projection_kernel, triton.JITFunction):
+        raise RuntimeError("the report compiles the kernels: run it without TRITON_INTERPRET")
+    B, T, D, M = 1, 128, 256, 4
+    rows = []
+    for rank in ranks:
+        H = heads
+        gates = H if per_head else H * rank
+        weights = [torch.empty(n, D, dtype=weight_dtype) for n in (3 * H * rank, gates, gates)]
+        biases = [w[:, 0] for w in weights]
+        kernels = []
+        for name, tokens in (("projection", T), ("projection of a token", 1)):
+            operands = (*weights[:2], biases[1], *((weights[2], biases[2]) if free_decay else (None, None)), H, True)
+            kernel, _, forward = memory_projection.forward_arguments(torch.empty(B, tokens, D, dtype=dtype), *operands)
+            kernels.append((name, kernel, forward))
+        results = [kernels[0][2][f"p_{name}"] for name in ("q", "k", "v", "beta", "decay")]
+        saved = [results[0], results[1], *results[3:], kernels[0][2]["p_norms"]]
+        cotangents = results if free_decay else [*results[:4], None]
+        _, adjoint = memory_projection.adjoint_arguments(*cotangents, *saved)
+        kernels.append(("projection adjoint", projection.memory_projection_adjoint_kernel, adjoint))
+        _, to_x = memory_projection.input_arguments(adjoint["p_dprojected"], weights[: 2 + free_decay], dtype)
+        kernels.append(("projection to x", projection.memory_projection_input_kernel, to_x))
+        x, ids = torch.empty(B, T, D, dtype=dtype), torch.zeros(B, T, dtype=torch.int64)
+        tokens = torch.ones(B, T, dtype=torch.bool) if mask else None
+        _, means = segments.forward_arguments(x, ids, M, tokens)
+        kernels.append(("segments", segments.segment_mean_kernel, means))
+        _, to_x = segments.backward_arguments(means["p_means"], ids, means["p_counts"], tokens)
+        kernels.append(("segments backward", segments.segment_mean_backward_kernel, to_x))
+        rows += [
+            Row(name, rank, arch, *_usage(*_compile(kernel, arguments, arch)))
+            for arch in archs
+            for name, kernel, arguments in (kernels if rank == ranks[0] else kernels[:3])  # the others know no rank
         ]
     return rows
 
@@ -111,8 +161,8 @@ def _operands(rank, heads, dtype, mode, free_decay, per_head, mask, cu_seqlens) 
     ]
 
 
-def _compile(kernel, arguments: dict, arch: int) -> bytes:
-    """The cubin that a launch with these arguments would run on sm_<arch>."""
+def _compile(kernel, arguments: dict, arch: int) -> tuple[bytes, int]:
+    """The cubin that a launch with these arguments would run on sm_<arch>, and its shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -129,22 +179,25 @@ def _compile(kernel, arguments: dict, arch: int) -> bytes:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
+            if specialized and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
         options={name: arguments[name] for name in OPTIONS},
     )
-    return compiled.asm["cubin"]
+    return compiled.asm["cubin"], compiled.metadata.shared
 
 
-def _usage(cubin: bytes) -> tuple[int, int, int, int, int]:
-    """Registers, stack, spill stores, spill loads and shared memory, by the tools in Triton's wheel."""
+def _usage(cubin: bytes, shared: int) -> tuple[int, int, int, int, int]:
+    """Registers, stack, spill stores and spill loads, by the tools in Triton's wheel, and shared memory as it was given:
+    a launch brings it, the cubin does not tell."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         resources = _run("cuobjdump", "--dump-resource-usage", str(path))
         assembly = _run("nvdisasm", "--print-code", str(path))
-    registers, stack, shared = (int(re.search(rf"{x}:(\d+)", resources)[1]) for x in ("REG", "STACK", "SHARED"))
+    registers, stack = (int(re.search(rf"{x}:(\d+)", resources)[1]) for x in ("REG", "STACK"))
     stores, loads = (len(re.findall(rf"\b{x}\b", assembly)) for x in ("STL", "LDL"))
     return registers, stack, stores, loads, shared
 
@@ -157,12 +210,12 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def main() -> int:
-    rows = report()
-    print(f"{'kernel':10}{'rank':>6}{'arch':>8}{'registers':>11}{'stack':>7}{'spills st/ld':>14}{'shared':>8}")
+    rows = report() + layer_report()
+    print(f"{'kernel':22}{'rank':>6}{'arch':>8}{'registers':>11}{'stack':>7}{'spills st/ld':>14}{'shared':>8}")
     for row in rows:
         spills = f"{row.spill_stores}/{row.spill_loads}"
         arch = f"sm_{row.arch}"
-        print(f"{row.kernel:10}{row.rank:>6}{arch:>8}{row.registers:>11}{row.stack:>7}{spills:>14}{row.shared:>8}")
+        print(f"{row.kernel:22}{row.rank:>6}{arch:>8}{row.registers:>11}{row.stack:>7}{spills:>14}{row.shared:>8}")
     return int(any(row.spills for row in rows))
 
 

@@ -31,8 +31,10 @@ def tiling(T: int, H: int, R: int, dtype: torch.dtype) -> dict[str, int]:
     tokens, columns = {16: (64, 32), 32: (32, 32), 64: (32, 32)}.get(width, (16, 16))
     if dtype == torch.float64:
         tokens, columns = 16, 16
-    stages = 3 if width < 64 and dtype != torch.float64 else 2
-    return {"HEADS": heads, "RANK": rank, "BLOCK_M": tokens, "BLOCK_D": columns, "num_warps": 4, "num_stages": stages}
+    tiles = {"HEADS": heads, "RANK": rank, "BLOCK_M": tokens, "BLOCK_D": columns}
+    if width < 64 and dtype != torch.float64:
+        return tiles | {"num_warps": 4, "num_stages": 3}
+    return tiles | {"num_warps": 8, "num_stages": 2}
 
 
 def precision(*factors: Tensor) -> str:

@@ -15,10 +15,8 @@ from ..arithmetic import accumulation_dtype
 from ._rule import store
 from .memory_projection import _launch
 
-RUN_VARYING = [
-    *("p_ids", "p_mask", "p_counts", "p_means", "p_d_means", "T", "D", "M", "x_sb", "x_st", "ids_sb", "ids_st"),
-    *("mask_sb", "mask_st", "d_sb", "d_sm"),
-]
+RUN_VARYING = ["p_ids", "p_mask", "p_counts", "T", "M", "ids_sb", "ids_st", "mask_sb", "mask_st"]
+"""Arguments whose values and alignment are no reason to compile a kernel again; those of x are, see projection.py."""
 
 
 @triton.jit
@@ -49,8 +47,8 @@ def segment_mean_kernel(
     count = i_segment * 0
     for i_ids in range(tl.cdiv(T, BLOCK_IDS)):
         first = i_ids * BLOCK_IDS
-        own = ids_of(p_ids, p_mask, first + tl.arange(0, BLOCK_IDS), T, ids_st, mask_st) == i_segment
-        found = tl.sum(own.to(tl.int64), axis=0)
+        b_ids = ids_of(p_ids, p_mask, first + tl.arange(0, BLOCK_IDS), T, ids_st, mask_st)
+        found = tl.sum((b_ids == i_segment).to(tl.int64), axis=0)
         count += found
         if found > 0:
             for i_block in range(BLOCK_IDS // BLOCK_T):
