@@ -170,9 +170,7 @@ def test_opcheck(backend, masked):
     mask = torch.rand(2, 7) < 0.5 if masked else None
     torch.library.opcheck(torch.ops.deltamem_kernels.segment_mean.default, (x, ids, 3, mask, backend))
     means, counts = torch.ops.deltamem_kernels.segment_mean(x, ids, 3, mask, backend)
-    torch.library.opcheck(
-        torch.ops.deltamem_kernels.segment_mean_backward.default, (means, ids, counts, mask, backend)
-    )
+    torch.library.opcheck(torch.ops.deltamem_kernels.segment_mean_backward.default, (means, ids, counts, mask, backend))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

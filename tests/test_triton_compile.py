@@ -28,14 +28,33 @@ VARIANTS: dict[str, dict] = {
     "gates per head": {"per_head": True},
     "four heads": {"heads": 4},
 }
+LAYER_VARIANTS: dict[str, dict] = {
+    "layer: float32": {"dtype": "float32"},
+    "layer: float64": {"dtype": "float64", "weight_dtype": "float64"},
+    "layer: 16-bit weights": {"dtype": "float16", "weight_dtype": "bfloat16"},
+    "layer: coupled gates per head, no mask": {"free_decay": False, "per_head": True, "mask": False},
+    "layer: rank 4": {"ranks": (4,)},
+    "layer: four heads of 8": {"heads": 4},
+    "layer: four heads of 16": {"heads": 4, "ranks": (16,)},
+    "layer: rank 128, float32": {"ranks": (128,), "dtype": "float32"},
+}
+LAYER_KERNELS = [
+    "projection",
+    "projection of a token",
+    "projection adjoint",
+    "projection to x",
+    "segments",
+    "segments backward",
+]
 PROGRAM = """
 import json, sys, torch
-from deltamem_kernels.backends.triton.compile_report import report
+from deltamem_kernels.backends.triton.compile_report import layer_report, report
 wanted = json.loads(sys.argv[1])
 rows = {}
 for name, options in wanted.items():
-    options["dtype"] = getattr(torch, options.get("dtype", "bfloat16"))
-    rows[name] = [(*row, row.spills) for row in report(**options)]
+    options = {"dtype": "bfloat16", **options}
+    options = {n: getattr(torch, x) if n.endswith("dtype") else x for n, x in options.items()}
+    rows[name] = [(*row, row.spills) for row in (layer_report if "layer" in name else report)(**options)]
 print(json.dumps(rows))
 """
 
@@ -45,6 +64,8 @@ def compiled() -> dict[str, list]:
     """Rows by name, from one process without TRITON_INTERPRET: interpreted kernels cannot be compiled."""
     wanted = {"headline": {"archs": ARCHS, "ranks": RANKS}}
     wanted |= {name: {"archs": (90,), "ranks": (8,), **options} for name, options in VARIANTS.items()}
+    wanted["layer"] = {"archs": ARCHS, "ranks": (8,)}
+    wanted |= {name: {"archs": (90,), "ranks": (8,), **options} for name, options in LAYER_VARIANTS.items()}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(deltamem_kernels.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
@@ -73,6 +94,17 @@ def test_variants_compile_without_spills(compiled, variant):
     for row, spills in rows:
         print(row)
         assert not spills, row
+
+
+@pytest.mark.parametrize("variant", ["layer", *LAYER_VARIANTS])
+def test_the_layers_kernels_compile_without_spills(compiled, variant):
+    rows = compiled[variant]
+    archs = ARCHS if variant == "layer" else (90,)
+    assert [(row.arch, row.kernel) for row, _ in rows] == [(arch, name) for arch in archs for name in LAYER_KERNELS]
+    for row, spills in rows:
+        print(row)
+        assert not spills, row
+        assert row.shared <= 99 * 1024, row  # what sm_120 has for a program
 
 
 def test_a_lane_has_its_state_in_registers(compiled):

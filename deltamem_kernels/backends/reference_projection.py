@@ -81,7 +81,7 @@ def _through_the_activations(d_q, d_k, d_v, d_beta, d_decay, q, k, beta, decay, 
     parts += [torch.zeros_like(q) if d_v is None else d_v, _sigmoid_adjoint(d_beta, beta)]
     if decay.ndim > 1:
         parts.append(_sigmoid_adjoint(d_decay, decay))
-    return torch.cat([part.reshape(*q.shape[:-2], -1) for part in parts], dim=-1)
+    return torch.cat([part.flatten(-2) if part.ndim == q.ndim else part for part in parts], dim=-1)
 
 
 def _normalized_adjoint(d: Tensor | None, y: Tensor, norm: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ def tiling(T: int, H: int, R: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float64:
         tokens, columns = 16, 16
     tiles = {"HEADS": heads, "RANK": rank, "BLOCK_M": tokens, "BLOCK_D": columns}
-    if width < 64 and dtype != torch.float64:
+    if width < 32 and dtype != torch.float64:
         return tiles | {"num_warps": 4, "num_stages": 3}
     return tiles | {"num_warps": 8, "num_stages": 2}
 
@@ -84,7 +84,7 @@ def forward_arguments(
         parts = 4 if decay_weight is None else 5
         return memory_projection_token_kernel, (tokens, H * parts), arguments
     arguments["PRECISION"] = precision(x, *(w for w in weights.values() if w is not None))
-    grid = (triton.cdiv(tokens, arguments["BLOCK_M"]), triton.cdiv(H, arguments["HEADS"]))
+    grid = (tokens // T * triton.cdiv(T, arguments["BLOCK_M"]), triton.cdiv(H, arguments["HEADS"]))
     return memory_projection_kernel, grid, arguments
 
 
@@ -126,7 +126,7 @@ def input_arguments(d_projected: Tensor, weights: list[Tensor], x_dtype: torch.d
     tiles = {"BLOCK_M": 32, "BLOCK_N": 16 if wide else 32, "BLOCK_D": 32 if wide else 64}
     arguments = {"p_dprojected": d_projected, "p_w": weight, "p_dx": d_x, "tokens": tokens, "rows": rows, "D": D}
     arguments |= {"w_sr": weight.stride(0), "PRECISION": "ieee" if x_dtype.itemsize > 2 else "tf32x3"} | tiles
-    arguments |= {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    arguments |= {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
     return (triton.cdiv(tokens, tiles["BLOCK_M"]), triton.cdiv(D, tiles["BLOCK_D"])), arguments
 
 

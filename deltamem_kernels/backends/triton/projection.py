@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ._rule import store
 
-NORM_EPS = tl.constexpr(1e-6)
+_NORM_EPS = tl.constexpr(1e-6)
 RUN_VARYING = [
     *("tokens", "T", "H", "rows", "beta_bias_s", "decay_bias_s"),
     *(f"p_{x}" for x in ("q", "k", "v", "beta", "decay", "norms", "beta_bias", "decay_bias")),
@@ -45,13 +45,21 @@ def tanh(b_x):
     b_t = b_z * 0 + (2 * DEPTH + 1)
     for i in tl.static_range(DEPTH):
         b_t = (2 * (DEPTH - i) - 1) + b_z / b_t
-    b_y = 1 - 2 / (tl.exp(2 * tl.abs(b_x)) + 1)
+    b_e = tl.exp(-2 * tl.abs(b_x))
+    b_y = (1 - b_e) / (1 + b_e)
     return tl.where(tl.abs(b_x) < 0.6, b_x / b_t, tl.where(b_x < 0, -b_y, b_y))
 
 
 @triton.jit
 def sigmoid(b_x):
-    return 1 / (1 + tl.exp(-b_x))
+    b_e = tl.exp(-tl.abs(b_x))
+    return tl.where(b_x < 0, b_e, 1.0) / (1 + b_e)
+
+
+@triton.jit
+def norm_floor(dtype: tl.constexpr):
+    """What a norm is raised to; a bare number would be float32 in float64 too."""
+    return tl.full([1, 1], _NORM_EPS, dtype)
 
 
 @triton.jit
@@ -78,7 +86,7 @@ def squash_and_store(
     m = m_m[:, None] & m_c[None, :]
     if NORMALIZE:
         b_x = tl.where(m_c[None, :], tanh(b_x), 0.0)
-        b_norm = tl.maximum(tl.sqrt(sum_heads(b_x * b_x, HEADS, RANK)), NORM_EPS)
+        b_norm = tl.maximum(tl.sqrt(sum_heads(b_x * b_x, HEADS, RANK)), norm_floor(b_x.dtype))
         b_x = b_x / b_norm
         store(p_norms + i_m[:, None] * H + i_h[None, :], b_norm, m & (i_r == 0)[None, :])
     store(p_out + (i_m[:, None] * H + i_h[None, :]) * R + i_r[None, :], b_x, m)
@@ -99,17 +107,19 @@ def memory_projection_kernel(
     R: tl.constexpr, BETA_PER_HEAD: tl.constexpr, DECAY_PER_HEAD: tl.constexpr, NORMALIZE: tl.constexpr,
     HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK_M tokens and one group of heads."""
+    """A program takes BLOCK_M tokens of one sequence and one group of heads."""
     dtype: tl.constexpr = p_q.dtype.element_ty
     DECAY: tl.constexpr = p_decay_weight is not None
     T, D, H = tl.cast(T, tl.int64), tl.cast(D, tl.int64), tl.cast(H, tl.int64)
-    i_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = i_m < tokens
+    blocks = tl.cdiv(T, BLOCK_M)
+    i_b = tl.program_id(0).to(tl.int64) // blocks
+    i_t = tl.program_id(0).to(tl.int64) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_m, m_m = i_b * T + i_t, i_t < T
     i_h, i_r, m_c = columns(tl.program_id(1).to(tl.int64), H, R, HEADS, RANK)
     i_row = i_h * R + i_r
     i_beta, m_beta = gate_columns(i_h, i_r, m_c, R, BETA_PER_HEAD)
     i_decay, m_decay = gate_columns(i_h, i_r, m_c, R, DECAY_PER_HEAD)
-    p_token = p_x + i_m // T * x_sb + i_m % T * x_st
+    p_token = p_x + i_b * x_sb + i_t * x_st
 
     b_q = tl.zeros([BLOCK_M, HEADS * RANK], dtype)
     b_k, b_v, b_beta, b_decay = b_q, b_q, b_q, b_q
@@ -207,7 +217,7 @@ def squash_adjoint(
         if NORMALIZE:
             b_y = tl.load(p_y + o_y, mask=m, other=0.0)
             b_norm = tl.load(p_norms + i_m[:, None] * H + i_h[None, :], mask=m, other=1.0)
-            b_along = tl.where(b_norm > NORM_EPS, sum_heads(b_d * b_y, HEADS, RANK), 0.0)
+            b_along = tl.where(b_norm > norm_floor(dtype), sum_heads(b_d * b_y, HEADS, RANK), 0.0)
             b_t = b_y * b_norm
             b_d = (b_d - b_y * b_along) / b_norm * (1 - b_t * b_t)
         return b_d
