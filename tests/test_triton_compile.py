@@ -114,10 +114,14 @@ def test_a_lane_has_its_state_in_registers(compiled):
 
 def test_report_fails_on_a_spill(monkeypatch, capsys):
     row = compile_report.Row("forward", 8, 90, registers=64, stack=0, spill_stores=0, spill_loads=0, shared=0)
+    spilling = row._replace(stack=8, spill_stores=2, spill_loads=1)
     monkeypatch.setattr(compile_report, "report", lambda: [row])
+    monkeypatch.setattr(compile_report, "layer_report", lambda: [row])
     assert compile_report.main() == 0
-    monkeypatch.setattr(compile_report, "report", lambda: [row, row._replace(stack=8, spill_stores=2, spill_loads=1)])
-    assert compile_report.main() == 1
+    for report in ("report", "layer_report"):
+        with monkeypatch.context() as patch:
+            patch.setattr(compile_report, report, lambda: [row, spilling])
+            assert compile_report.main() == 1
     assert "sm_90" in capsys.readouterr().out
 
 
@@ -125,3 +129,5 @@ def test_report_fails_on_a_spill(monkeypatch, capsys):
 def test_report_refuses_interpreted_kernels():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         compile_report.report()
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_report.layer_report()

@@ -190,7 +190,7 @@ def _compile(kernel, arguments: dict, arch: int) -> tuple[bytes, int]:
 
 
 def _usage(cubin: bytes, shared: int) -> tuple[int, int, int, int, int]:
-    """Registers, stack, spill stores and spill loads, by the tools in Triton's wheel, and shared memory as it was given:
+    """Registers, stack, spill stores and spill loads, by the tools in Triton's wheel; and shared memory, as given:
     a launch brings it, the cubin does not tell."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.cubin"

@@ -112,7 +112,14 @@ def forward_arguments(
     B, _, D = x.shape
     means, counts = x.new_empty((B, num_segments, D)), segment_ids.new_empty((B, num_segments), dtype=torch.int32)
     arguments = {"p_x": x, "x_sb": x.stride(0), "x_st": x.stride(1), "x_sd": x.stride(2)}
-    arguments |= {"p_means": means, "p_counts": counts, "M": num_segments, "BLOCK_IDS": 512, "BLOCK_D": 128}
+    arguments |= {
+        "p_means": means,
+        "p_counts": counts,
+        "M": num_segments,
+        "BLOCK_IDS": 512,
+        "BLOCK_T": 16,
+        "BLOCK_D": 128,
+    }
     return (B * num_segments, max(1, triton.cdiv(D, 128))), _arguments(x, segment_ids, mask) | arguments
 
 
