@@ -105,16 +105,23 @@ def _check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, head
             if bias is not None:
                 fail(ValueError, "decay_bias", "None without a decay_weight", bias)
             continue
-        if not (isinstance(weight, Tensor) and weight.dtype in FLOATS and weight.shape == (rows // 3, width)):
+        if not _fits(weight, (rows // 3, width)):
             check_float(f"{name}_weight", weight, "[H·R, D] or [H, D]")
             check_shape(f"{name}_weight", weight, [(rows // 3, width), (heads, width)], "[H·R, D] or [H, D]")
         if weight.device != device:
             _off_device(f"{name}_weight", weight, device)
-        if bias is not None:
+        if bias is None:
+            continue
+        if not _fits(bias, (weight.shape[0],)):
             check_float(f"{name}_bias", bias, f"of as many numbers as {name}_weight has rows")
             check_shape(f"{name}_bias", bias, [(weight.shape[0],)], f"of as many numbers as {name}_weight has rows")
-            if bias.device != device:
-                _off_device(f"{name}_bias", bias, device)
+        if bias.device != device:
+            _off_device(f"{name}_bias", bias, device)
+
+
+def _fits(x: object, shape: tuple[int, ...]) -> bool:
+    """Whether x needs no second look: messages are made only where something is wrong."""
+    return isinstance(x, Tensor) and x.dtype in FLOATS and x.layout is torch.strided and x.shape == shape
 
 
 def _off_device(name: str, x: Tensor, device: torch.device) -> None:
