@@ -1,11 +1,12 @@
-// bindings*.cpp alone know torch: tensors to raw pointers, threads, here also the choice of the instruction set.
+// bindings*.cpp alone know torch: tensors to raw pointers, threads. Here: the delta rule, the choice of the instruction set.
 #include "bindings.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 namespace deltamem {
 namespace {
@@ -218,22 +219,6 @@ std::vector<MaybeTensor> backward(const MaybeTensor& d_reads, const MaybeTensor&
   return grads;
 }
 
-// Numbers of an int32 or int64 tensor; null where it is absent.
-struct Indices {
-  const void* data = nullptr;
-  bool wide = false;
-  int64_t stride[2] = {};
-  explicit Indices(const MaybeTensor& x) {
-    if (!x) return;
-    data = x->const_data_ptr(), wide = x->scalar_type() == at::kLong;
-    for (int64_t i = 0; i < x->dim(); ++i) stride[i] = x->stride(i);
-  }
-  int64_t at(int64_t i, int64_t j = 0) const {
-    const int64_t offset = i * stride[0] + j * stride[1];
-    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
-  }
-};
-
 int64_t checked_slot(int64_t s, int64_t pad, int64_t slots) {
   if (s == pad) return kNoSlot;
   if (s < 0 || s >= slots)
@@ -290,6 +275,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("backward", &deltamem::backward);
   m.def("step", &deltamem::step);
   deltamem::bind_correction(m);
+  deltamem::bind_projection(m);
   m.def("isas", &deltamem::isas, "The instruction sets this processor has, the best first.");
   m.def("use_isa", &deltamem::use_isa, "Run the kernels of this instruction set from now on.");
   m.def("isa", [] { return std::string(deltamem::kernels()->isa); });

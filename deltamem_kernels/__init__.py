@@ -6,15 +6,21 @@ from .ops.attention_correction import attention_correction
 from .ops.attention_correction_norm_rope import attention_correction_norm_rope
 from .ops.delta_step import delta_step
 from .ops.delta_update import DeltaUpdateOutput, delta_update
+from .ops.memory_projection import MemoryProjection, memory_projection
+from .ops.segment_mean import SegmentMean, segment_mean
 
 __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
     "DeltaUpdateOutput",
+    "MemoryProjection",
+    "SegmentMean",
     "__version__",
     "attention_correction",
     "attention_correction_norm_rope",
     "backends",
     "delta_step",
     "delta_update",
+    "memory_projection",
+    "segment_mean",
 ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltamem_kernels import delta_update
+from deltamem_kernels import delta_update, memory_projection, segment_mean
 from deltamem_kernels.compat import triton_affine_scan
 
 R = 8
@@ -79,3 +79,18 @@ def test_compat(benchmark):
     state, x = token(1, R, R), token(1, 1, R)
     state_out, reads = benchmark(lambda: triton_affine_scan(state, x, x, x, x, x, x))
     assert (state_out.shape, reads.shape) == (state.shape, x.shape)
+
+
+@pytest.mark.benchmark(group="overhead of a call")
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_memory_projection(benchmark, gradients):
+    x, weights = token(1, 1, 16), [token(n, 16, gradients=gradients) for n in (3 * R, R)]
+    p = benchmark(lambda: memory_projection(x, *weights, None))
+    assert p.q.shape == (1, 1, 1, R)
+    assert p.q.requires_grad is gradients
+
+
+@pytest.mark.benchmark(group="overhead of a call")
+def test_segment_mean(benchmark):
+    x, ids = token(1, 1, 16), torch.zeros(1, 1, dtype=torch.int64)
+    assert torch.equal(benchmark(lambda: segment_mean(x, ids, 1)).means, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,24 @@ VARIANTS: dict[str, dict] = {
     "gates per head": {"per_head": True},
     "four heads": {"heads": 4},
 }
+LAYER_VARIANTS: dict[str, dict] = {
+    "layer: float32": {"dtype": "float32"},
+    "layer: float64": {"dtype": "float64", "weight_dtype": "float64"},
+    "layer: 16-bit weights": {"dtype": "float16", "weight_dtype": "bfloat16"},
+    "layer: coupled gates per head, no mask": {"free_decay": False, "per_head": True, "mask": False},
+    "layer: rank 4": {"ranks": (4,)},
+    "layer: four heads of 8": {"heads": 4},
+    "layer: four heads of 16": {"heads": 4, "ranks": (16,)},
+    "layer: rank 128, float32": {"ranks": (128,), "dtype": "float32"},
+}
+LAYER_KERNELS = [
+    "projection",
+    "projection of a token",
+    "projection adjoint",
+    "projection to x",
+    "segments",
+    "segments backward",
+]
 FOLDS = [f"{x}{of}" for of in ("", " adjoint") for x in ("maps", "fold maps", "fold groups", "fold")]
 SCANS = ["forward", "backward", *FOLDS, "forward of chunks", "backward of chunks"]
 CORRECTIONS: dict[str, dict] = {  # H·R of 8 on each arch, else on one
@@ -36,15 +55,16 @@ CORRECTIONS: dict[str, dict] = {  # H·R of 8 on each arch, else on one
     "correction, float32": {"archs": (90,), "ranks": (8,), "dtype": "float32"},
     "correction, smaller": {"archs": (90,), "ranks": (8,), "columns": 576, "head_dim": 64},
 }
+REPORTS = {"layer": "layer_report", "correction": "correction_report"}
 PROGRAM = """
 import json, sys, torch
-from deltamem_kernels.backends.triton.compile_report import correction_report, report
+from deltamem_kernels.backends.triton import compile_cases
 wanted = json.loads(sys.argv[1])
 rows = {}
-for name, options in wanted.items():
-    options["dtype"] = getattr(torch, options.get("dtype", "bfloat16"))
-    reported = (correction_report if name.startswith("correction") else report)(**options)
-    rows[name] = [(*row, row.spills) for row in reported]
+for name, (report, options) in wanted.items():
+    options = {"dtype": "bfloat16", **options}
+    options = {n: getattr(torch, x) if n.endswith("dtype") else x for n, x in options.items()}
+    rows[name] = [(*row, row.spills) for row in getattr(compile_cases, report)(**options)]
 print(json.dumps(rows))
 """
 
@@ -55,10 +75,13 @@ def compiled() -> dict[str, list]:
     wanted: dict[str, dict] = {"headline": {"archs": ARCHS, "ranks": RANKS}}
     wanted |= {name: {"archs": (90,), "ranks": (8,), **options} for name, options in VARIANTS.items()}
     wanted |= CORRECTIONS
+    wanted["layer"] = {"archs": ARCHS, "ranks": (8,)}
+    wanted |= {name: {"archs": (90,), "ranks": (8,), **options} for name, options in LAYER_VARIANTS.items()}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(deltamem_kernels.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    command = [sys.executable, "-c", PROGRAM, json.dumps(wanted)]
+    reports = {name: (REPORTS.get(re.split("[:,]", name)[0], "scan_report"), x) for name, x in wanted.items()}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(reports)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
@@ -85,6 +108,17 @@ def test_variants_compile_without_spills(compiled, variant):
         assert not spills, row
 
 
+@pytest.mark.parametrize("variant", ["layer", *LAYER_VARIANTS])
+def test_the_layers_kernels_compile_without_spills(compiled, variant):
+    rows = compiled[variant]
+    archs = ARCHS if variant == "layer" else (90,)
+    assert [(row.arch, row.kernel) for row, _ in rows] == [(arch, name) for arch in archs for name in LAYER_KERNELS]
+    for row, spills in rows:
+        print(row)
+        assert not spills, row
+        assert row.shared <= 99 * 1024, row  # what sm_120 has for a program
+
+
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_corrections_compile_without_spills(compiled, name):
     forms = [f"{form}{kernel}" for form in ("plain", "norm", "head") for kernel in ("", "_rows", "_cols")]
@@ -101,7 +135,6 @@ def test_a_lane_has_its_state_in_registers(compiled):
 
 def test_report_fails_on_a_spill(monkeypatch, capsys):
     row = compile_report.Row("forward", 8, 90, 64, stack=0, spill_stores=0, spill_loads=0, shared=0, loops=(100,))
-    monkeypatch.setattr(compile_report, "correction_report", list)
     rows = [row, row._replace(kernel="maps", loops=(70,)), row._replace(kernel="fold", loops=(80,))]
     monkeypatch.setattr(compile_report, "report", lambda: rows)
     assert compile_report.main() == 0

@@ -4,6 +4,8 @@
 
 #include "chunked.h"
 #include "correction.h"
+#include "projection.h"
+#include "segments.h"
 #include "step.h"
 
 namespace deltamem {
@@ -110,7 +112,8 @@ inline void correct_backward(const Correction& c, const CorrectionGradients& out
 }
 
 inline constexpr Kernels kernels(const char* isa) {
-  return {isa, forward, backward, step, maps, fold, forward_pieces, backward_pieces, correct, correct_backward};
+  return {isa,  forward, backward, step, maps, fold, forward_pieces, backward_pieces, correct, correct_backward,
+          kGroup, project, kSegmentColumns, segments};
 }
 
 }  // namespace DELTAMEM_ISA

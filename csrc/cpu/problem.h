@@ -85,6 +85,33 @@ constexpr int64_t map_size(int64_t R) { return (R + 1) * R * ((R + 15) / 16 * 16
 
 // The work on sequences x heads [begin, end), or on the pieces: any split over threads gives the same bits. Between
 // chunks, `states` has the layout of the checkpoints: maps are [B, T / 64, H] and map_size(R) numbers each.
+// memory_projection: B sequences of T tokens of D numbers. Weights have unit stride along D and, but in double
+// precision, where they are double, one dtype. Results are contiguous, in the dtype of the arithmetic.
+constexpr double kNormEps = 1e-6;
+struct Gate {
+  Operand weight, bias;  // [rows, D], [rows]; no rows where the gate is absent, no bias data where that is
+  int64_t rows;
+  void* out;
+};
+struct Projection {
+  int64_t B, T, D, H, R;
+  bool double_precision, normalize;
+  Operand x, qkv_weight;
+  Gate gates[2];  // beta, decay
+  void *q, *k, *v, *norms;  // norms [2, B, T, H], of q and k before the division
+  int64_t rows() const { return 3 * H * R + gates[0].rows + gates[1].rows; }
+};
+
+// segment_mean: means [B, M, D] of x [B, T, D], contiguous, in x's dtype.
+struct Segments {
+  int64_t B, T, D, M;
+  Operand x;
+  const int64_t* ids;  // [B, T], from 0 to M - 1, or negative: the token belongs to none
+  const int32_t* counts;  // [B, M]
+  void* means;
+};
+
+// The work on sequences x heads [begin, end): any split over threads gives the same bits.
 struct Kernels {
   const char* isa;
   void (*forward)(const Problem&, const ForwardOutput&, int64_t begin, int64_t end);
@@ -99,6 +126,10 @@ struct Kernels {
                           const void* d_checkpoints, const BackwardOutput&, const Piece*, int64_t begin, int64_t end);
   void (*correct)(const Correction&, ForRange);
   void (*correct_backward)(const Correction&, const CorrectionGradients&, ForRange);
+  int group;  // tokens that memory_projection takes at a time
+  void (*project)(const Projection&, int64_t begin, int64_t end);  // over the groups
+  int columns;  // numbers of a token that segment_mean takes at a time
+  void (*segments)(const Segments&, int64_t begin, int64_t end);  // over rows of the batch x blocks of columns
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512;

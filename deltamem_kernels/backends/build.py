@@ -12,7 +12,10 @@ import sysconfig
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-SOURCES = ("bindings.cpp", "bindings_correction.cpp", "cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp")
+SOURCES = (
+    *("bindings.cpp", "bindings_correction.cpp", "bindings_projection.cpp"),
+    *("cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp"),
+)
 
 
 def source_root() -> Path:

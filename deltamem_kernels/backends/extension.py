@@ -19,6 +19,8 @@ import torch
 from torch._appdirs import user_cache_dir  # torch.utils.cpp_extension, which knows it too, needs setuptools
 
 from . import build
+from .reference_projection import memory_projection_backward as memory_projection_backward
+from .reference_projection import segment_mean_backward as segment_mean_backward
 from .scan import choose_scan
 
 _lock = threading.Lock()
@@ -64,6 +66,16 @@ def correct(*operands):
 def correct_backward(*operands):
     """See `reference.correct_backward`."""
     return _library().correct_backward(*operands)
+
+
+def memory_projection_forward(*operands):
+    """See `reference.memory_projection_forward`."""
+    return _library().memory_projection(*operands)
+
+
+def segment_mean_forward(*operands):
+    """See `reference.segment_mean_forward`."""
+    return _library().segment_mean(*operands)
 
 
 @functools.cache

@@ -12,8 +12,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._arithmetic import accumulation_dtype, as_kernel
+from .arithmetic import accumulation_dtype, as_kernel
 from .reference_correction import correct, correct_backward
+from .reference_projection import (
+    memory_projection_backward,
+    memory_projection_forward,
+    segment_mean_backward,
+    segment_mean_forward,
+)
 
 __all__ = [
     "CHECKPOINT_INTERVAL",
@@ -23,6 +29,10 @@ __all__ = [
     "delta_step",
     "delta_update_backward",
     "delta_update_forward",
+    "memory_projection_backward",
+    "memory_projection_forward",
+    "segment_mean_backward",
+    "segment_mean_forward",
 ]
 
 CHECKPOINT_INTERVAL = 64

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arithmetic import accumulation_dtype, as_kernel
+from .arithmetic import accumulation_dtype, as_kernel
 
 
 @as_kernel

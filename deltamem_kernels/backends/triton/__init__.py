@@ -93,6 +93,34 @@ def correct_backward(*operands) -> list[Tensor | None]:
     return correction.correct_backward(*operands)
 
 
+def memory_projection_forward(*operands):
+    """As in backends/reference_projection.py."""
+    from . import memory_projection
+
+    return memory_projection.memory_projection_forward(*operands)
+
+
+def memory_projection_backward(*operands):
+    """As in backends/reference_projection.py."""
+    from . import memory_projection
+
+    return memory_projection.memory_projection_backward(*operands)
+
+
+def segment_mean_forward(*operands):
+    """As in backends/reference_projection.py."""
+    from . import segments
+
+    return segments.segment_mean_forward(*operands)
+
+
+def segment_mean_backward(*operands):
+    """As in backends/reference_projection.py."""
+    from . import segments
+
+    return segments.segment_mean_backward(*operands)
+
+
 def unavailable_reason(device: torch.device) -> str | None:
     """Why the kernels cannot run on tensors of this device, in a sentence; None where they can."""
     if device.type not in ("cpu", "cuda"):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import pathlib
 import re
 import subprocess
@@ -16,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 from ..reference import CHECKPOINT_INTERVAL
-from ..scan import MAP_RANK, force_scan
 
 TYPES = {
     torch.float16: "fp16",
@@ -28,8 +26,7 @@ TYPES = {
     torch.int64: "i64",
 }
 
-TOKENS = 16384
-"""Enough for groups of chunks; nothing runs."""
+ARCHS = (80, 90, 100, 120)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -44,7 +41,7 @@ class Row(NamedTuple):
     """Instructions, as are spill_loads."""
     spill_loads: int
     shared: int
-    """Bytes a program."""
+    """Bytes a program: what its launch asks for."""
     loops: tuple[int, ...]
     """Instructions of each loop that has no other inside, the longest first: one turn is a token (backward has two such
     loops, to run the tokens again and to go back) or a map; short ones look for a sequence."""
@@ -54,152 +51,25 @@ class Row(NamedTuple):
         return self.stack + self.spill_stores + self.spill_loads > 0
 
 
-def report(
-    archs: tuple[int, ...] = (80, 90, 100, 120),
-    ranks: tuple[int, ...] = (4, 8, 16),
-    heads: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    mode: str = "standard",
-    free_decay: bool = False,
-    per_head: bool = False,
-    mask: bool = False,
-    cu_seqlens: bool = False,
-) -> list[Row]:
-    """The kernels for each arch (90 is sm_90) and rank: forward with saved states, backward with all gradients, the
-    same chunked (up to the rank where that pays) with the kernels that are launched before them, a step with all it can
-    be given (there is none in mode "affine", masked or packed); the operands in `dtype`, the state in the dtype of the
-    arithmetic. Needs Triton, and TRITON_INTERPRET unset."""
+def report() -> list[Row]:
+    """The kernels of all operations, for each arch and usual rank."""
+    from . import compile_cases
+
+    return compile_cases.scan_report() + compile_cases.layer_report() + compile_cases.correction_report()
+
+
+def row(name: str, rank: int, arch: int, kernel, arguments: dict) -> Row:
+    """Of a kernel as a launch with these arguments would run it on sm_<arch>. Needs Triton, and TRITON_INTERPRET
+    unset."""
     import triton
 
-    from . import delta_update
-
-    if not isinstance(delta_update.delta_update_forward_kernel, triton.JITFunction):
+    if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("the report compiles the kernels: run it without TRITON_INTERPRET")
-    rows = []
-    for rank in ranks:
-        operands = _operands(rank, heads, dtype, mode, free_decay, per_head, mask, cu_seqlens)
-        kernels = _scans(operands, mode)
-        if rank <= MAP_RANK:
-            kernels += _chunked_scans(operands, mode)
-        if mode != "affine" and not mask and not cu_seqlens:
-            kernels.append(_step(operands, mode))
-        rows += [
-            Row(name, rank, arch, *_usage(_compile(kernel, arguments, arch)))
-            for arch in archs
-            for name, kernel, arguments in kernels
-        ]
-    return rows
+    return Row(name, rank, arch, *_usage(*_compile(kernel, arguments, arch)))
 
 
-def _scans(operands: list, mode: str, chunked: bool = False) -> list[tuple]:
-    """Name, kernel and arguments."""
-    from . import delta_update
-
-    needs = [x is not None for x in operands[:7]]
-    with force_scan(chunked):
-        _, forward = delta_update.forward_arguments(*operands, mode, True)
-        _, backward = delta_update.backward_arguments(
-            forward["p_reads"], forward["p_final"], *operands, forward["p_checkpoints"], mode, needs
-        )
-    of = " of chunks" if chunked else ""
-    return [
-        (f"forward{of}", delta_update.delta_update_forward_kernel, forward),
-        (f"backward{of}", delta_update.delta_update_backward_kernel, backward),
-    ]
-
-
-def _chunked_scans(operands: list, mode: str) -> list[tuple]:
-    from .chunked import fold_launches
-
-    (_, _, forward), (_, _, backward) = scans = _scans(operands, mode, chunked=True)
-    kernels = []
-    for arguments, d_reads, end, out, of in (
-        (forward, None, forward["p_initial"], forward["p_checkpoints"], ""),
-        (backward, backward["p_d_reads"], backward["p_d_final"], backward["p_ends"], " adjoint"),
-    ):
-        launches = fold_launches(arguments, d_reads, end, out, mode)
-        names = (f"maps{of}", f"fold maps{of}", f"fold groups{of}", f"fold{of}")
-        kernels += [(name, kernel, given) for name, (kernel, _, given) in zip(names, launches, strict=True)]
-    return [*kernels, *scans]
-
-
-def _step(operands: list, mode: str) -> tuple:
-    from . import step
-
-    q, k, v, beta, decay, _, state = operands[:7]
-    slots = torch.zeros(q.shape[:2], dtype=torch.int32)
-    states = state.new_empty(*q.shape, q.shape[-1])
-    _, arguments = step.step_arguments(
-        state, q, k, v, beta, decay, slots, slots[:, 0], states, q, mode, pad_slot_id=-1, update_state=True
-    )
-    return "step", step.delta_step_kernel, arguments
-
-
-def correction_report(
-    archs: tuple[int, ...] = (80, 90, 100, 120),
-    ranks: tuple[int, ...] = (8, 32),
-    dtype: torch.dtype = torch.bfloat16,
-    columns: int = 2560,
-    head_dim: int = 128,
-) -> list[Row]:
-    """The kernels of the correction in three forms, and of their backward with all gradients; a row's rank is H·R."""
-    import triton
-
-    from . import correction
-
-    if not isinstance(correction.correct_kernel, triton.JITFunction):
-        raise RuntimeError("the report compiles the kernels: run it without TRITON_INTERPRET")
-    rows = []
-    for rank, (form, norm, head, rope) in itertools.product(
-        ranks, (("plain", 0, 0, False), ("norm", columns, 0, False), ("head", head_dim, head_dim, True))
-    ):
-        base = torch.empty(1, 128, columns, dtype=dtype)
-        table = torch.empty(1, 128, head_dim, dtype=dtype) if rope else None
-        operands = (
-            base if norm and head else None,
-            torch.empty(1, 128, 1, rank, dtype=dtype),
-            torch.empty(columns, rank, dtype=dtype),
-            torch.empty((), dtype=dtype),
-            torch.empty(norm, dtype=dtype) if norm else None,
-            *(table, table, 1.0, 1e-6, head),
-        )
-        _, forward = correction.correct_arguments(base, *operands[1:], base)
-        needs = [head > 0, True, True, True, norm > 0]
-        (_, by_row), (_, by_column) = correction.backward_arguments(base, *operands, needs)
-        kernels = (
-            (f"{form}", correction.correct_kernel, forward),
-            (f"{form}_rows", correction.backward_rows_kernel, by_row),
-            (f"{form}_cols", correction.backward_columns_kernel, by_column),
-        )
-        rows += [
-            Row(name, rank, arch, *_usage(_compile(kernel, arguments, arch)))
-            for arch in archs
-            for name, kernel, arguments in kernels
-        ]
-    return rows
-
-
-def _operands(rank, heads, dtype, mode, free_decay, per_head, mask, cu_seqlens) -> list[torch.Tensor | None]:
-    """Operands of the ops in their order; only dtypes, shapes and strides matter."""
-    B, T = 1, TOKENS
-    q, k, v = (torch.empty(B, T, heads, rank, dtype=dtype) for _ in range(3))
-    beta, decay, write = (q[..., 0] if per_head else q for _ in range(3))
-    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    return [
-        q,
-        k,
-        v,
-        beta,
-        decay if free_decay or mode == "affine" else None,
-        write if mode == "affine" else None,
-        torch.empty(B, heads, rank, rank, dtype=state_dtype),
-        torch.ones(B, T, dtype=torch.bool) if mask else None,
-        torch.zeros(B + 1, dtype=torch.int32) if cu_seqlens else None,
-    ]
-
-
-def _compile(kernel, arguments: dict, arch: int) -> bytes:
-    """The cubin that a launch with these arguments would run on sm_<arch>."""
+def _compile(kernel, arguments: dict, arch: int) -> tuple[bytes, int]:
+    """The cubin that a launch with these arguments would run on sm_<arch>, and its shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -215,23 +85,26 @@ def _compile(kernel, arguments: dict, arch: int) -> bytes:
             if specialized:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = "i32"
+            if specialized and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
         options={name: arguments[name] for name in OPTIONS},
     )
-    return compiled.asm["cubin"]
+    return compiled.asm["cubin"], compiled.metadata.shared
 
 
-def _usage(cubin: bytes) -> tuple[int, int, int, int, int, tuple[int, ...]]:
-    """What a Row has from `registers` on, by the tools in Triton's wheel."""
+def _usage(cubin: bytes, shared: int) -> tuple[int, int, int, int, int, tuple[int, ...]]:
+    """What a Row has from `registers` on, by the tools in Triton's wheel; shared memory as given: the cubin does not
+    tell."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         resources = _run("cuobjdump", "--dump-resource-usage", str(path))
         assembly = _run("nvdisasm", "--print-code", str(path))
-    registers, stack, shared = (int(re.search(rf"{x}:(\d+)", resources)[1]) for x in ("REG", "STACK", "SHARED"))
+    registers, stack = (int(re.search(rf"{x}:(\d+)", resources)[1]) for x in ("REG", "STACK"))
     stores, loads = (len(re.findall(rf"\b{x}\b", assembly)) for x in ("STL", "LDL"))
     return registers, stack, stores, loads, shared, _loops(assembly)
 
@@ -284,9 +157,9 @@ def estimate(rows: list[Row], tokens: int = 8192) -> list[Estimate]:
     from .chunked import GROUP
     from .launch import LANES, tiling
 
-    loops = {(row.kernel, row.rank): row.loops[0] for row in rows}
+    loops = {(row.kernel, row.rank): row.loops[0] for row in rows if row.loops}
     estimates = []
-    for rank in sorted({row.rank for row in rows}):
+    for rank in sorted({row.rank for row in rows if row.kernel == "forward"}):
         chain = (rank + 2) * LATENCY
         token, virtual, fold = (loops[x, rank] for x in ("forward", "maps", "fold"))
         chunks = tokens // CHECKPOINT_INTERVAL

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._arithmetic import accumulation_dtype
+from ..arithmetic import accumulation_dtype
 from ._correction import (
     RUN_VARYING,
     correction,

@@ -1,4 +1,4 @@
-"""What the reference's operations share: the dtype of the arithmetic, and the manners of a kernel."""
+"""What every statement in plain PyTorch shares: the dtype of the arithmetic, and running as a kernel would."""
 
 from __future__ import annotations
 
