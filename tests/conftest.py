@@ -1,5 +1,5 @@
-"""Every test that takes `implementation` runs on each backend that this machine has, Triton through its interpreter
-where there is no GPU. Inputs are random and fresh on every run; `--seed` repeats a run."""
+"""Every test that takes `implementation` runs on each backend that this machine has; where there is no GPU, Triton's
+kernels through its interpreter, and CUDA's played on threads. Inputs are random and fresh on every run; `--seed` repeats a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import cuda_host
 import pytest
 import torch
 
@@ -27,7 +28,7 @@ class Implementation:
     backend: str
     device: str = "cpu"
     isa: str | None = None
-    slow: bool = False  # interpreted: a token costs milliseconds
+    slow: bool = False  # interpreted, or played on threads: a token costs milliseconds
 
     def __str__(self) -> str:
         return self.name
@@ -40,7 +41,8 @@ def implementations() -> list[Implementation]:
         if CUDA
         else Implementation("triton-interpreted", "triton", slow=True)
     )
-    return [Implementation("reference", "reference", "cuda" if CUDA else "cpu"), *cpu, triton]
+    cuda = Implementation("cuda", "cuda", "cuda") if CUDA else Implementation("cuda-host", "cuda", slow=True)
+    return [Implementation("reference", "reference", "cuda" if CUDA else "cpu"), *cpu, triton, cuda]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,6 +61,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     chosen = request.param
+    if chosen.name == "cuda-host":
+        with cuda_host.installed():
+            yield chosen
+        return
     if chosen.isa is None:
         yield chosen
         return

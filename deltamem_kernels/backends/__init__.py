@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import extension, reference, triton
+from . import cuda, extension, reference, triton
 
-NAMES = ("triton", "cuda", "cpu", "reference")
+_MODULES = {"triton": triton, "cuda": cuda, "cpu": extension, "reference": reference}
+NAMES = tuple(_MODULES)
 
 _ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 _chosen: dict[tuple[str, torch.device], ModuleType] = {}
@@ -54,9 +55,7 @@ def unavailable_reason(name: str, device: torch.device) -> str | None:
     """Why the backend cannot run on tensors of this device, or None."""
     if name == "reference":
         return None
-    if name == "cuda":
-        return "this version has no CUDA C++ kernels"
-    return (triton if name == "triton" else extension).unavailable_reason(device)
+    return _MODULES[name].unavailable_reason(device)
 
 
 def choose(requested: str, device: torch.device) -> ModuleType:
@@ -84,8 +83,14 @@ def _named(name: str, device: torch.device, origin: str) -> ModuleType:
 
 
 def _best(device: torch.device) -> ModuleType:
+    order = _ORDER.get(device.type, ("reference",))
+    module = _first(order, device)
+    return _UntilItFails(device, order[1:]) if module is triton and len(order) > 1 else module  # type: ignore[return-value]
+
+
+def _first(order: tuple[str, ...], device: torch.device) -> ModuleType:
     """A backend that could not be had is named once, in a warning: the next one is slower."""
-    for name in _ORDER.get(device.type, ("reference",)):
+    for name in order:
         reason = unavailable_reason(name, device)
         if reason is None:
             try:
@@ -97,8 +102,41 @@ def _best(device: torch.device) -> ModuleType:
     return reference
 
 
+class _UntilItFails:
+    """Triton where nobody asked for it by name. It compiles at a kernel's first launch: if a release of it, or the GPU,
+    cannot, the next backend takes over for good, with one warning that names the cause."""
+
+    def __init__(self, device: torch.device, others: tuple[str, ...]) -> None:
+        self._module, self._device, self._others = triton, device, others
+
+    def delta_update_forward(self, *operands):
+        return self._run("delta_update_forward", operands)
+
+    def delta_update_backward(self, *operands):
+        return self._run("delta_update_backward", operands)
+
+    def delta_step(self, *operands):
+        return self._run("delta_step", operands)
+
+    def _run(self, function: str, operands: tuple):
+        if self._module is triton:
+            try:
+                return getattr(triton, function)(*operands)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever Triton, its compiler or the driver can come up with
+                cause = f"{type(error).__name__}: {error}"
+                if self._module is triton:  # no other thread was faster
+                    self._module = _first(self._others, self._device)
+                    name = self._module.__name__.rsplit(".", 1)[-1]
+                    warnings.warn(
+                        f"deltamem_kernels: backend 'triton' failed on {self._device}, {name!r} takes over: {cause}",
+                        stacklevel=2,
+                    )
+        return getattr(self._module, function)(*operands)
+
+
 def _module(name: str) -> ModuleType:
-    if name == "cpu":
-        extension.library()  # compiled on first use: a failure belongs here, not in the middle of a call
-        return extension
-    return triton if name == "triton" else reference
+    if name in ("cpu", "cuda"):
+        extension.library(name)  # compiled on first use: a failure belongs here, not in the middle of a call
+    return _MODULES[name]

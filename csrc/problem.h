@@ -1,9 +1,9 @@
-// What a call of the CPU kernels is given: raw pointers, strides in elements, no torch.
+// What a call of the kernels is given: raw pointers, strides in elements, no torch.
 #pragma once
 
 #include <cstdint>
 
-#include "../delta_rule.h"
+#include "delta_rule.h"
 
 namespace deltamem {
 
@@ -43,7 +43,18 @@ struct BackwardOutput {
   Operand initial_state;
 };
 
-// delta_step: N rows of T tokens (operands [N, T, H, R] in a Problem with B = N), each on a slot of a pool of states.
+// Numbers of an int32 or int64 array; data is null where absent.
+struct Indices {
+  const void* data = nullptr;
+  bool wide = false;
+  int64_t stride[2] = {};
+  DELTAMEM_INLINE int64_t at(int64_t i, int64_t j = 0) const {
+    const int64_t offset = i * stride[0] + j * stride[1];
+    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+  }
+};
+
+// delta_step on a CPU: N rows of T tokens (operands [N, T, H, R] in a Problem with B = N), each on a slot of a pool of states.
 struct Step {
   Operand state;           // [slots, H, R, R]
   Operand intermediate;      // of one row, [T, H, R, R]: the state after each token; data is null where absent
@@ -53,16 +64,5 @@ struct Step {
   int64_t intermediate_row;  // stride between the rows of intermediate
 };
 constexpr int64_t kNoSlot = -1;
-
-// The work on sequences x heads [begin, end): any split over threads gives the same bits.
-struct Kernels {
-  const char* isa;
-  void (*forward)(const Problem&, const ForwardOutput&, int64_t begin, int64_t end);
-  void (*backward)(const Problem&, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
-                   const BackwardOutput&, int64_t begin, int64_t end);
-  void (*step)(const Problem&, const Step&, int64_t begin, int64_t end);  // over the rows
-};
-
-extern const Kernels kBaseline, kAvx2, kAvx512;
 
 }  // namespace deltamem
