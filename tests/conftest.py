@@ -1,5 +1,6 @@
 """Every test that takes `implementation` runs on each backend that this machine has; where there is no GPU, Triton's
-kernels through its interpreter, and CUDA's played on threads. Inputs are random and fresh on every run; `--seed` repeats a run."""
+kernels in its interpreter, and CUDA's played on threads. Inputs are random and fresh on every run; `--seed` repeats
+one."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are loaded
 
-from deltamem_kernels.backends import extension
+from deltamem_kernels.backends import build, extension
 
 CUDA = torch.cuda.is_available()
 
@@ -49,8 +50,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=random.SystemRandom().randrange(2**31), help="of the random inputs")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"random inputs: --seed {config.getoption('--seed')}"
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    nvcc = build.nvcc() or "no nvcc: the CUDA kernels run here on threads and are not compiled for a GPU"
+    return [f"random inputs: --seed {config.getoption('--seed')}", f"CUDA compiler: {nvcc}"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,5 +1,5 @@
-"""The CUDA kernels' own source, played on threads (csrc/cuda/host.h): built by the C++ compiler for CPU tensors. It is no
-backend that anybody could ask for; `installed` puts it where the backend "cuda" is looked for, for a test."""
+"""The CUDA kernels' own source, played on threads (csrc/cuda/host.h) and built by the C++ compiler, for CPU tensors. It
+is no backend that anybody could ask for: `installed` puts it in the place of "cuda" for a test."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Shape<T, R>::threads, Shape<T, R>::resident)
   const bool mover = threadIdx.x >= Block::scanners;
   const int thread = mover ? threadIdx.x - Block::scanners : threadIdx.x;
   const int lane = thread % lanes, head = lane / R * R;
-  const int columns = columns_of<T, R>(p);
+  const int columns = columns_of<T, R, 32>(p);
   T* const memory = shared_memory<T>();
   // The state before token t of the chunk, column j: this lane's at [t][j].
   T* const states = history + int64_t(blockIdx.x) * kChunk * R * Block::scanners + thread;
@@ -151,30 +151,33 @@ DELTAMEM_UNROLL
 DELTAMEM_UNROLL
         for (int w = 1; w < Block::warps; ++w) d_q += from[(At::q + w) * numbers], d_k += from[(At::k + w) * numbers];
         store_row(out.q, d_q), store_row(out.k, d_k);
-        with_operands_dtype<T>(p, plan, [&](auto dtype) {
-          T d_v;
-          GateGradients<T> d = gates_back(p, task, t, at.head, at.row, from, numbers, At::keep, dtype, d_v);
-          store_row(out.v, d_v);
-          if (!out.beta_per_head) store_row(out.beta, d.beta);
-          if (!out.decay_per_head) store_row(out.decay, d.decay);
-          if (!out.write_per_head) store_row(out.write, d.write);
-          if (at.row > 0 || !(out.beta_per_head || out.decay_per_head || out.write_per_head)) return;
-          for (int r = 1; r < p.R; ++r) {
+        // A gate of the head gets the sum over its rows, from the lane of the first.
+        const bool sums = at.row == 0 && (out.beta_per_head || out.decay_per_head || out.write_per_head);
+        T d_v;
+        GateGradients<T> d, all;
+        with_operands_dtype<T, R>(p, plan, [&](auto dtype) {
+          d = all = gates_back(p, task, t, at.head, at.row, from, numbers, At::keep, dtype, d_v);
+          for (int r = 1; sums && r < p.R; ++r) {
+            T other;
             const GateGradients<T> more =
-                gates_back(p, task, t, at.head, r, from + r, numbers, At::keep, dtype, d_v);
-            d.beta += more.beta, d.decay += more.decay, d.write += more.write;
+                gates_back(p, task, t, at.head, r, from + r, numbers, At::keep, dtype, other);
+            all.beta += more.beta, all.decay += more.decay, all.write += more.write;
           }
-          if (out.beta_per_head) store_row(out.beta, d.beta);
-          if (out.decay_per_head) store_row(out.decay, d.decay);
-          if (out.write_per_head) store_row(out.write, d.write);
         });
+        auto store_gate = [&](const Operand& x, bool per_head, T row, T head) {
+          if (!per_head || sums) store_row(x, per_head ? head : row);
+        };
+        store_row(out.v, d_v);
+        store_gate(out.beta, out.beta_per_head, d.beta, all.beta);
+        store_gate(out.decay, out.decay_per_head, d.decay, all.decay);
+        store_gate(out.write, out.write_per_head, d.write, all.write);
       }
     };
 
     pipeline(
         mover, chunks * 2 * tiles,
         [&](int64_t i) {
-          fetch(p, plan, task, chunk_of(i) + in_chunk(i), tokens_of(i), R, lanes, tile_of(i), numbers, &d_reads, thread,
+          fetch<R>(p, plan, task, chunk_of(i) + in_chunk(i), tokens_of(i), lanes, tile_of(i), numbers, &d_reads, thread,
                 Block::movers);
         },
         [&](int64_t i) {

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Virtual<R>::threads, 1)
   for (int64_t index = blockIdx.x; index < plan.tasks; index += gridDim.x) {
     if (!find_task(p, plan, index, task) || (kBackward ? task.first == 0 : task.is_last())) continue;
     const int tokens = int(task.end - task.first);
-    fetch(p, plan, task, task.first, tokens, R, R, tile, numbers, kBackward ? &d_reads : nullptr, thread,
+    fetch<R>(p, plan, task, task.first, tokens, R, tile, numbers, kBackward ? &d_reads : nullptr, thread,
           Virtual<R>::threads);
     __syncthreads();
     if (virtual_row <= R) {

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(Shape<T, R>::threads, Shape<T, R>::resident)
   const bool mover = threadIdx.x >= Block::scanners;
   const int thread = mover ? threadIdx.x - Block::scanners : threadIdx.x;
   const int lane = thread % lanes, head = lane / R * R;  // scanners beyond the lanes do what others do
-  const int columns = columns_of<T, R>(p);
+  const int columns = columns_of<T, R, 64>(p);
   T* const memory = shared_memory<T>();
   const Operand checkpoints = contiguous_states<T>(p, out.checkpoints);
 
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Shape<T, R>::threads, Shape<T, R>::resident)
     pipeline(
         mover, (task.end - task.first + tile_tokens - 1) / tile_tokens,
         [&](int64_t i) {
-          fetch(p, plan, task, first_of(i), tokens_of(i), R, lanes, tile_of(i), Block::numbers, nullptr, thread,
+          fetch<R>(p, plan, task, first_of(i), tokens_of(i), lanes, tile_of(i), Block::numbers, nullptr, thread,
                 Block::movers);
         },
         [&](int64_t i) {

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Shape<T, R>::scanners, 1)
   constexpr int numbers = Block::numbers, reads = kForwardPieces;
   const int lanes = plan.heads * R, tile_tokens = numbers / lanes < kChunk ? numbers / lanes : kChunk;
   const int thread = threadIdx.x, lane = thread % lanes, head = lane / R * R;
-  const int columns = columns_of<T, R>(p);
+  const int columns = columns_of<T, R, 64>(p);
   T* const tile = shared_memory<T>();
   Task task;
   for (int64_t index = blockIdx.x; index < plan.tasks; index += gridDim.x) {
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Shape<T, R>::scanners, 1)
     T S[R];
     for (int64_t first = 0; first < p.T; first += tile_tokens) {
       const int tokens = int(p.T - first < tile_tokens ? p.T - first : tile_tokens);
-      fetch(p, plan, task, first, tokens, R, lanes, tile, numbers, nullptr, thread, Block::scanners);
+      fetch<R>(p, plan, task, first, tokens, lanes, tile, numbers, nullptr, thread, Block::scanners);
       if (first == 0 && start != kNoSlot) load_state(p, s.state, start, at, S, columns);
       __syncthreads();
       for (int t = 0; t < tokens; ++t) {

@@ -25,11 +25,11 @@ struct Shape {
   static constexpr int numbers = (R > kWarp ? 1024 : 2048) / sizeof(T);  // of an operand in a tile
 };
 
-// How many columns a row has: R, known to the compiler, which then keeps them in registers, or for ranks that are too
-// large for that, and in double precision, as many as there are, known to nobody before.
-template <class T, int R>
+// How many columns a row has: R, known to the compiler, which then keeps them in registers; or, for ranks larger than
+// Most, which have no room there, and in double precision, as many as there are.
+template <class T, int R, int Most>
 DELTAMEM_DEVICE int columns_of(const Problem& p) {
-  return sizeof(T) == 8 || R > 64 ? int(p.R) : R;
+  return sizeof(T) == 8 || R > Most ? int(p.R) : R;
 }
 
 // How the work is cut. Sequences of at least chunked_from tokens are cut into chunks, a task each.
@@ -128,13 +128,16 @@ DELTAMEM_DEVICE T load(const Operand& x, int64_t at, Any) {
   with_dtype(x.dtype, [&](auto dtype) { loaded = load<T>(x, at, dtype); });
   return loaded;
 }
-template <class T, class F>
+template <class T, int R, class F>
 DELTAMEM_DEVICE void with_operands_dtype(const Problem& p, const Plan& plan, F&& f) {
-  if (sizeof(T) == 8 || !plan.same_dtype) return f(Any{});
-  if constexpr (sizeof(T) < 8)
+  if constexpr (sizeof(T) == 8 || R > 16) {
+    f(Any{});  // the usual ranks are worth the compiler's time
+  } else {
+    if (!plan.same_dtype) return f(Any{});
     with_dtype(p.q.dtype, [&](auto dtype) {
       if constexpr (sizeof(dtype) < 8) f(dtype);
     });
+  }
 }
 template <class T>
 DELTAMEM_DEVICE void store(T x, const Operand& out, int64_t at) {
@@ -159,12 +162,12 @@ enum Piece { kQ, kK, kKeep, kErase, kValue, kForwardPieces, kDRead = kForwardPie
 
 // Tokens [first, first + tokens) of the task into a tile. A token that the mask leaves out, as well as a lane that does
 // not count, keeps all, erases nothing and writes nothing. d_reads is null where it is not wanted.
-template <class T>
-DELTAMEM_DEVICE void fetch(const Problem& p, const Plan& plan, const Task& task, int64_t first, int tokens, int R,
-                           int lanes, T* tile, int numbers, const Operand* d_reads, int thread, int threads) {
+template <int R, class T>
+DELTAMEM_DEVICE void fetch(const Problem& p, const Plan& plan, const Task& task, int64_t first, int tokens, int lanes,
+                           T* tile, int numbers, const Operand* d_reads, int thread, int threads) {
   const int lane = thread % lanes;
   const Lane at(p, task, lane, R);
-  with_operands_dtype<T>(p, plan, [&](auto dtype) {
+  with_operands_dtype<T, R>(p, plan, [&](auto dtype) {
     DELTAMEM_UNROLL_BY(2)
     for (int i = thread / lanes; i < tokens; i += threads / lanes) {
       const int64_t t = task.start + first + i;

@@ -7,6 +7,7 @@ Each is a module with the functions of `reference`: the same names, arguments an
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -21,6 +22,7 @@ NAMES = tuple(_MODULES)
 _ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 _chosen: dict[tuple[str, torch.device], ModuleType] = {}
 """What `choose` found, by name and device: a backend that runs once goes on running."""
+_lock = threading.Lock()
 
 
 # Looking a name up in os.environ takes 0.8 µs, most of it to encode the name: a tenth of a decoding step.
@@ -85,7 +87,9 @@ def _named(name: str, device: torch.device, origin: str) -> ModuleType:
 def _best(device: torch.device) -> ModuleType:
     order = _ORDER.get(device.type, ("reference",))
     module = _first(order, device)
-    return _UntilItFails(device, order[1:]) if module is triton and len(order) > 1 else module  # type: ignore[return-value]
+    if order[0] == "triton" and module is _MODULES["triton"]:
+        return _UntilItFails(module, device, order[1:])  # type: ignore[return-value]
+    return module
 
 
 def _first(order: tuple[str, ...], device: torch.device) -> ModuleType:
@@ -106,8 +110,9 @@ class _UntilItFails:
     """Triton where nobody asked for it by name. It compiles at a kernel's first launch: if a release of it, or the GPU,
     cannot, the next backend takes over for good, with one warning that names the cause."""
 
-    def __init__(self, device: torch.device, others: tuple[str, ...]) -> None:
-        self._module, self._device, self._others = triton, device, others
+    def __init__(self, module: ModuleType, device: torch.device, others: tuple[str, ...]) -> None:
+        self._fragile = self._module = module
+        self._device, self._others = device, others
 
     def delta_update_forward(self, *operands):
         return self._run("delta_update_forward", operands)
@@ -119,21 +124,26 @@ class _UntilItFails:
         return self._run("delta_step", operands)
 
     def _run(self, function: str, operands: tuple):
-        if self._module is triton:
+        if self._module is self._fragile:
             try:
-                return getattr(triton, function)(*operands)
+                return getattr(self._fragile, function)(*operands)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever Triton, its compiler or the driver can come up with
-                cause = f"{type(error).__name__}: {error}"
-                if self._module is triton:  # no other thread was faster
-                    self._module = _first(self._others, self._device)
-                    name = self._module.__name__.rsplit(".", 1)[-1]
-                    warnings.warn(
-                        f"deltamem_kernels: backend 'triton' failed on {self._device}, {name!r} takes over: {cause}",
-                        stacklevel=2,
-                    )
+                self._take_over(error)
         return getattr(self._module, function)(*operands)
+
+    def _take_over(self, error: Exception) -> None:
+        with _lock:
+            if self._module is not self._fragile:  # another thread was faster
+                return
+            self._module = _first(self._others, self._device)
+        name = next(name for name, module in _MODULES.items() if module is self._module)
+        warnings.warn(
+            f"deltamem_kernels: backend 'triton' failed on {self._device}, {name!r} takes over: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=4,
+        )
 
 
 def _module(name: str) -> ModuleType:
