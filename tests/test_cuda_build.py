@@ -72,6 +72,11 @@ def test_no_nvcc(gpu):
     assert cuda.unavailable_reason(GPU).startswith("no CUDA compiler (nvcc is not on PATH")
 
 
+def test_architectures_that_are_none(gpu):
+    gpu.setenv("DELTAMEM_CUDA_ARCHS", "hopper")
+    assert cuda.unavailable_reason(GPU) == "DELTAMEM_CUDA_ARCHS must be numbers like 80;90;120, got 'hopper'"
+
+
 def test_a_built_library_needs_no_nvcc(gpu):
     """Ahead, for all architectures, or in the cache, for the GPUs of this machine."""
     gpu.setattr(build, "nvcc", lambda: None)
@@ -175,7 +180,7 @@ class Module(SimpleNamespace):
                 raise error
             return name
 
-        super().__init__(**dict.fromkeys(FUNCTIONS, run))
+        super().__init__(**dict.fromkeys(FUNCTIONS, run), library=lambda: None)
 
 
 @pytest.fixture
@@ -188,7 +193,6 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(package, "_chosen", {})
     monkeypatch.setattr(package, "_MODULES", package._MODULES | modules)
     monkeypatch.setattr(package, "unavailable_reason", lambda name, device: reasons.get(name))
-    monkeypatch.setattr(extension, "library", lambda kind="cpu": None)
     return SimpleNamespace(calls=calls, reasons=reasons, modules=modules, patch=monkeypatch)
 
 

@@ -148,5 +148,5 @@ class _UntilItFails:
 
 def _module(name: str) -> ModuleType:
     if name in ("cpu", "cuda"):
-        extension.library(name)  # compiled on first use: a failure belongs here, not in the middle of a call
+        _MODULES[name].library()  # compiled on first use: a failure belongs here, not in the middle of a call
     return _MODULES[name]

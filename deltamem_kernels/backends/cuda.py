@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from . import extension
@@ -22,7 +24,15 @@ def unavailable_reason(device: torch.device) -> str | None:
         return "the CUDA kernels need compute capability {}.{}, this GPU has {}.{}".format(
             *MINIMUM_CAPABILITY, *capability
         )
-    return extension._missing("cuda")
+    try:
+        return extension._missing("cuda")
+    except ValueError as error:  # DELTAMEM_CUDA_ARCHS
+        return str(error)
+
+
+def library() -> ModuleType:
+    """The library's module. The first call may compile, about a minute of two cores."""
+    return extension.library("cuda")
 
 
 def delta_update_forward(*operands):
