@@ -71,8 +71,10 @@ struct Tokens {
     const int64_t rows = B * c.T * c.H, count = rows * c.R, gates = c.per_head ? rows : count;
     const double unit = 1 / std::sqrt(double(c.R));
     q = {c.dtype, size_t(count), -unit, unit}, k = {c.dtype, size_t(count), -unit, unit};
-    v = {c.dtype, size_t(count), -1, 1}, beta = {c.dtype, size_t(gates), 0.01, 1};
-    if (!c.coupled || c.mode == Mode::affine) decay = {c.dtype, size_t(gates), 0.01, 1};
+    // In chunks with gates that forget little: what a chunk starts from is still there at its end.
+    const double most = c.chunked_from ? 0.05 : 1, least_decay = c.chunked_from ? 0.97 : 0.01;
+    v = {c.dtype, size_t(count), -1, 1}, beta = {c.dtype, size_t(gates), 0.01, most};
+    if (!c.coupled || c.mode == Mode::affine) decay = {c.dtype, size_t(gates), least_decay, 1};
     if (c.mode == Mode::affine) write = {c.dtype, size_t(count), 0.01, 1};
     initial = {DType::f32, size_t(N * c.H * c.R * c.R), -1, 1};
     mask.reset(c.masked ? new bool[B * c.T] : nullptr);

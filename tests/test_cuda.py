@@ -105,6 +105,41 @@ def test_a_sequence_has_its_bits_in_any_company(form):
         assert torch.equal(state, alone.final_state[0])
 
 
+def remembering(problem):
+    """With gates that forget little: what a chunk starts from is still there at its end."""
+    problem.operands["beta"] *= 0.05
+    if "decay" in problem.operands:
+        problem.operands["decay"] = 1 - 0.03 * problem.operands["decay"]
+    return problem
+
+
+@pytest.mark.parametrize(("mode", "decay", "beta_per_head", "decay_per_head"), GATES)
+@pytest.mark.parametrize("R", [4, 7])
+def test_long_memory_over_chunks(form, mode, decay, beta_per_head, decay_per_head, R):
+    problem = make(B=1, T=2 * CHUNK + 3, H=1, R=R, mode=mode, decay=decay, beta_per_head=beta_per_head,
+                   decay_per_head=decay_per_head)  # fmt: skip
+    check(remembering(problem), PLAYED)
+
+
+def test_long_memory_at_rank_16(form):
+    check(remembering(make(B=1, T=2 * CHUNK + 3, H=1, R=16, mode="lambda_outside", decay=True)), PLAYED)
+
+
+@pytest.mark.parametrize(("T", "same_as"), [(511, 10**6), (512, CHUNK + 1)])
+def test_long_sequences_run_in_chunks(T, same_as):
+    """The usual choice, seen by its bits; in a float64 oracle's eyes the forms are equals."""
+    problem = remembering(make(B=1, T=T, H=1, R=4))
+    reads = {}
+    for chunked_from in (0, 10**6, CHUNK + 1):
+        with cuda_host.installed(chunked_from):
+            reads[chunked_from] = problem.forward("cuda")["reads"]
+    assert torch.equal(reads[0], reads[same_as])
+    assert not torch.equal(reads[10**6], reads[CHUNK + 1])
+    assert_close(
+        {"reads": reads[0]}, {"reads": problem.to(torch.float64).forward("reference")["reads"]}, FLOAT32_TOLERANCE
+    )
+
+
 def test_slots_outside_of_the_pool_are_pads():
     """Values on a GPU are not looked at by the host, so nobody else can refuse them."""
     x = torch.rand(4, 1, 4)

@@ -31,7 +31,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def library() -> ModuleType:
-    """The library's module. The first call may compile, about a minute of two cores."""
+    """The library's module. The first call may compile, about half a minute of two cores."""
     return extension.library("cuda")
 
 

@@ -36,7 +36,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def library(kind: str = "cpu") -> ModuleType:
-    """The library's module. The first call may compile: the CPU's about 15 seconds of two cores, CUDA's a minute."""
+    """The library's module. The first call may compile: the CPU's about 15 seconds of two cores, CUDA's 30."""
     with _lock:
         return _library(kind)
 
