@@ -1,7 +1,8 @@
-"""Builds the library ahead where torch is at hand (`pip install --no-build-isolation .`). Without torch or a compiler
+"""Builds the libraries ahead where torch is at hand (`pip install --no-build-isolation .`). Without torch or a compiler
 the package is plain Python, and compiles its sources on first use."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -15,22 +16,46 @@ spec.loader.exec_module(recipe)
 
 
 def ahead() -> dict:
-    """Extension and command for setuptools, or nothing."""
+    """Extensions and command for setuptools, or nothing."""
+    wanted = os.environ.get("DELTAMEM_BUILD_CUDA", "")
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError:
+        if wanted == "1":
+            raise
         return {}
-    lacking = recipe.missing_tool()
+    extensions = []
+    if not skipped("cpu", recipe.missing_tool()):
+        extensions.append(
+            CppExtension(
+                f"deltamem_kernels.{recipe.library_name()}",
+                [f"csrc/{source}" for source in recipe.SOURCES],
+                extra_compile_args=recipe.compile_flags(),
+                extra_link_args=recipe.link_flags(),
+            )
+        )
+    without_cuda = None if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+    lacking = "DELTAMEM_BUILD_CUDA=0" if wanted == "0" else without_cuda or recipe.missing_tool("cuda")
+    if lacking and wanted == "1":
+        raise SystemExit(f"deltamem_kernels: DELTAMEM_BUILD_CUDA=1, but {lacking}")
+    if not skipped("cuda", lacking):
+        archs = recipe.cuda_archs() or recipe.CUDA_ARCHS
+        extensions.append(
+            CUDAExtension(
+                f"deltamem_kernels.{recipe.library_name('cuda')}",
+                [f"csrc/{source}" for source in recipe.CUDA_SOURCES],
+                extra_compile_args={"cxx": recipe.compile_flags(), "nvcc": recipe.nvcc_flags(archs)},
+                extra_link_args=recipe.link_flags(),
+            )
+        )
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}} if extensions else {}
+
+
+def skipped(kind: str, lacking: str | None) -> bool:
     if lacking:
-        print(f"deltamem_kernels: not compiled ahead: {lacking}", file=sys.stderr)
-        return {}
-    extension = CppExtension(
-        f"deltamem_kernels.{recipe.library_name()}",
-        [f"csrc/{source}" for source in recipe.SOURCES],
-        extra_compile_args=recipe.compile_flags(),
-        extra_link_args=recipe.link_flags(),
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+        print(f"deltamem_kernels: {kind} not compiled ahead: {lacking}", file=sys.stderr)
+    return bool(lacking)
 
 
 setup(**ahead())

@@ -1,12 +1,9 @@
-// bindings*.cpp alone know torch: tensors to raw pointers, threads. Here: the delta rule, the choice of the instruction set.
+// torch's tensors for the CPU kernels of the delta rule: threads, values that are looked at. And the instruction set.
 #include "bindings.h"
 
 #include <ATen/ops/zeros.h>
 
 #include <cstring>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 namespace deltamem {
 namespace {
@@ -30,16 +27,6 @@ const Kernels*& kernels() {
   return chosen;
 }
 
-DType dtype(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kHalf: return DType::f16;
-    case at::kBFloat16: return DType::bf16;
-    case at::kFloat: return DType::f32;
-    case at::kDouble: return DType::f64;
-    default: throw std::invalid_argument(std::string("no kernel for dtype ") + c10::toString(x.scalar_type()));
-  }
-}
-
 namespace {
 
 void use_isa(const std::string& name) {
@@ -56,15 +43,6 @@ std::vector<std::string> isas() {
   for (const Kernels* k : supported_kernels()) names.emplace_back(k->isa);
   return names;
 }
-
-// A gate per head, [B, T, H], has the same number in all rows: stride 0. Without tokens ([N, H, R], one token each)
-// the second stride is not there, and is left 0.
-Operand operand(const Tensor& x, bool tokens = true) {
-  Operand o{x.data_ptr(), dtype(x), {}};
-  for (int64_t i = 0; i < x.dim(); ++i) o.stride[i && !tokens ? i + 1 : i] = x.stride(i);
-  return o;
-}
-Operand operand(const MaybeTensor& x, bool tokens = true) { return x ? operand(*x, tokens) : Operand{}; }
 
 struct Inputs {
   Problem problem;
@@ -88,35 +66,14 @@ void read_bounds(const Tensor& cu_seqlens, int64_t T, std::vector<int64_t>& boun
   }
 }
 
-Mode mode_named(const std::string& name) {
-  if (name == "standard") return Mode::standard;
-  if (name == "lambda_outside") return Mode::lambda_outside;
-  if (name == "no_lambda") return Mode::no_lambda;
-  if (name == "affine") return Mode::affine;
-  throw std::invalid_argument("no mode " + name);
-}
-
 Inputs inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta, const MaybeTensor& decay,
               const MaybeTensor& write, const MaybeTensor& initial_state, const MaybeTensor& mask,
               const MaybeTensor& cu_seqlens, const std::string& mode) {
-  Inputs in{};
-  Problem& p = in.problem;
-  const bool tokens = q.dim() == 4;
-  p.B = q.size(0), p.T = tokens ? q.size(1) : 1, p.H = q.size(-2), p.R = q.size(-1), p.N = p.B;
-  p.mode = mode_named(mode);
-  for (const MaybeTensor& x : {MaybeTensor(q), MaybeTensor(k), MaybeTensor(v), MaybeTensor(beta), decay, write,
-                               initial_state})
-    p.double_precision = p.double_precision || (x && x->scalar_type() == at::kDouble);
-  p.q = operand(q, tokens), p.k = operand(k, tokens), p.v = operand(v, tokens), p.beta = operand(beta, tokens);
-  p.decay = operand(decay, tokens), p.write = operand(write, tokens), p.initial_state = operand(initial_state);
-  if (mask) {
-    p.mask = mask->const_data_ptr<bool>();
-    p.mask_stride[0] = mask->stride(0), p.mask_stride[1] = mask->stride(1);
-  }
+  Inputs in{problem(q, k, v, beta, decay, write, initial_state, mask, mode), {}};
   if (cu_seqlens) {
-    read_bounds(*cu_seqlens, p.T, in.bounds);
-    p.N = cu_seqlens->numel() - 1;
-    p.cu_seqlens = in.bounds.data();
+    read_bounds(*cu_seqlens, in.problem.T, in.bounds);
+    in.problem.N = cu_seqlens->numel() - 1;
+    in.problem.cu_seqlens = in.bounds.data();
   }
   return in;
 }
@@ -191,14 +148,8 @@ std::vector<MaybeTensor> backward(const MaybeTensor& d_reads, const MaybeTensor&
                                   const std::vector<bool>& needs, bool chunked) {
   const Inputs in = inputs(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode);
   const Problem& p = in.problem;
-  const MaybeTensor wanted[7] = {q, k, v, beta, decay, write, initial_state};
-  std::vector<MaybeTensor> grads(7);
-  for (int i = 0; i < 7; ++i)
-    if (needs[i]) grads[i] = at::empty(wanted[i]->sizes(), wanted[i]->options());
-  const auto per_head = [](const MaybeTensor& gate) { return gate && gate->dim() == 3; };
-  const BackwardOutput out{operand(grads[0]), operand(grads[1]), operand(grads[2]), operand(grads[3]),
-                           operand(grads[4]), operand(grads[5]), per_head(beta),    per_head(decay),
-                           per_head(write),   operand(grads[6])};
+  const std::vector<MaybeTensor> grads = gradients({q, k, v, beta, decay, write, initial_state}, needs);
+  const BackwardOutput out = backward_output(grads);
   {
     py::gil_scoped_release release;
     const Operand of_reads = operand(d_reads), of_final = operand(d_final_state);
@@ -238,7 +189,7 @@ void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v
   std::vector<int64_t> slots(p.N * (1 + p.T), kNoSlot);
   int64_t *from = slots.data(), *to = from + p.N;
   const bool per_token = state_indices && state_indices->dim() == 2;
-  const Indices indices(state_indices), accepted_tokens(num_accepted_tokens);
+  const Indices indices = numbers(state_indices), accepted_tokens = numbers(num_accepted_tokens);
   const int64_t pool = state.size(0);
   for (int64_t n = 0; n < p.N; ++n) {
     if (!per_token) {
@@ -255,12 +206,8 @@ void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v
     for (int64_t t = 0; update_state && t < p.T; ++t)
       to[n * p.T + t] = checked_slot(indices.at(n, t), pad_slot_id, pool);
   }
-  Step s{operand(state), {}, operand(out, q.dim() == 4), from, to};
-  if (intermediate_states) {
-    const Tensor& x = *intermediate_states;
-    s.intermediate = {x.data_ptr(), dtype(x), {x.stride(-4), x.stride(-3), x.stride(-2), x.stride(-1)}};
-    s.intermediate_row = x.stride(0);
-  }
+  const Step s{operand(state), intermediate(intermediate_states), operand(out, q.dim() == 4), from, to,
+               intermediate_states ? intermediate_states->stride(0) : 0};
   py::gil_scoped_release release;
   if (p.N == 0 || p.T == 0 || p.H == 0) return;
   at::parallel_for(0, p.N, std::max<int64_t>(1, 200000 / (p.T * p.H * p.R * (p.R + 8))),

@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> segment_means(const Tensor& x, const Tensor& segment_
   counts.zero_();
   int32_t* count = counts.data_ptr<int32_t>();
   std::vector<int64_t> ids(s.B * s.T, -1);
-  const Indices given(segment_ids);
+  const Indices given = numbers(segment_ids);
   const bool* masked = mask ? mask->const_data_ptr<bool>() : nullptr;
   for (int64_t b = 0; b < s.B; ++b)
     for (int64_t t = 0; t < s.T; ++t) {

@@ -7,8 +7,10 @@
 
 #ifdef __CUDACC__
 #define DELTAMEM_INLINE __host__ __device__ __forceinline__
+#define DELTAMEM_UNROLL _Pragma("unroll")  // or the columns of a lane would not be in registers
 #else
 #define DELTAMEM_INLINE inline __attribute__((always_inline))
+#define DELTAMEM_UNROLL
 #endif
 
 // Translation units compiled for different instruction sets must not share an inline function: each names its own.
@@ -68,6 +70,7 @@ DELTAMEM_INLINE L dot(const L* S, const X& x, int R) {
   if (R < 4) return R == 2 ? even + odd : fma(S[2], x[2], even) + odd;
   L even2 = S[2] * x[2], odd2 = S[3] * x[3];
   int j = 4;
+  DELTAMEM_UNROLL
   for (; j + 4 <= R; j += 4) {
     even = fma(S[j], x[j], even);
     odd = fma(S[j + 1], x[j + 1], odd);
@@ -88,6 +91,7 @@ DELTAMEM_INLINE L change_by(L erase, L held, L value) {
 
 template <class L, class X>
 DELTAMEM_INLINE void write_token(L* S, const X& k, L keep, L change, int R) {
+  DELTAMEM_UNROLL
   for (int j = 0; j < R; ++j) S[j] = fma(change, k[j], keep * S[j]);
 }
 
@@ -98,10 +102,15 @@ DELTAMEM_INLINE L held_next(L keep, L ahead, L change, L overlap) {
   return fma(change, overlap, keep * ahead);
 }
 
-// The gradient G of the state after a token becomes that of the state before it; erased = erase (G k).
+// A column of the state's gradient, from behind a token to before it; erased = erase (G k).
+template <class L, class C>
+DELTAMEM_INLINE L gradient_before(L G, L keep, L erased, C k, L d_read, C q) {
+  return fma(d_read, q, fnma(erased, k, keep * G));
+}
+
 template <class L, class X>
 DELTAMEM_INLINE void state_adjoint(L* G, const X& q, const X& k, L keep, L erased, L d_read, int R) {
-  for (int j = 0; j < R; ++j) G[j] = fma(d_read, q[j], fnma(erased, k[j], keep * G[j]));
+  for (int j = 0; j < R; ++j) G[j] = gradient_before(G[j], keep, erased, k[j], d_read, q[j]);
 }
 
 // The adjoint of one token: G, the gradient of the state after it, becomes that of the state before it. S is the
@@ -118,6 +127,7 @@ DELTAMEM_INLINE TokenGradients<L> token_adjoint(L* G, const L* S, const X& q, co
   const L d_keep = dot(G, S, R);
   const L change = change_by(erase, held, value);
   const L erased = erase * Gk;
+  DELTAMEM_UNROLL
   for (int j = 0; j < R; ++j) {
     d_q[j] = d_read * S[j];
     d_k[j] = fnma(erased, S[j], change * G[j]);

@@ -1,5 +1,6 @@
-"""Every test that takes `implementation` runs on each backend that this machine has, Triton through its interpreter
-where there is no GPU. Inputs are random and fresh on every run; `--seed` repeats a run."""
+"""Every test that takes `implementation` runs on each backend that this machine has; where there is no GPU, Triton's
+kernels in its interpreter, and CUDA's played on threads. Inputs are random and fresh on every run; `--seed` repeats
+one."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import cuda_host
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are loaded
 
-from deltamem_kernels.backends import extension
+from deltamem_kernels.backends import build, extension
 from deltamem_kernels.backends.scan import force_scan
 
 CUDA = torch.cuda.is_available()
@@ -29,7 +31,7 @@ class Implementation:
     backend: str
     device: str = "cpu"
     isa: str | None = None
-    slow: bool = False  # interpreted: a token costs milliseconds
+    slow: bool = False  # interpreted, or played on threads: a token costs milliseconds
     chunked: bool = False  # every scan in chunks side by side
     chunk: int = 64
 
@@ -44,17 +46,19 @@ def implementations() -> list[Implementation]:
         if CUDA
         else Implementation("triton-interpreted", "triton", slow=True)
     )
+    cuda = Implementation("cuda", "cuda", "cuda") if CUDA else Implementation("cuda-host", "cuda", slow=True)
     cpu.append(replace(cpu[0], name=cpu[0].name + "-chunked", chunked=True))
     chunked = replace(triton, name=triton.name + "-chunked", chunked=True, chunk=4)
-    return [Implementation("reference", "reference", "cuda" if CUDA else "cpu"), *cpu, triton, chunked]
+    return [Implementation("reference", "reference", "cuda" if CUDA else "cpu"), *cpu, triton, chunked, cuda]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=random.SystemRandom().randrange(2**31), help="of the random inputs")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"random inputs: --seed {config.getoption('--seed')}"
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    nvcc = build.nvcc() or "no nvcc: the CUDA kernels run here on threads and are not compiled for a GPU"
+    return [f"random inputs: --seed {config.getoption('--seed')}", f"CUDA compiler: {nvcc}"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -70,6 +74,8 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
             library = extension.library()
             stack.callback(library.use_isa, library.isa())
             library.use_isa(chosen.isa)
+        if chosen.name == "cuda-host":
+            stack.enter_context(cuda_host.installed())
         if chosen.chunked:
             stack.enter_context(force_scan(chunked=True))
         if chosen.chunked and chosen.backend == "triton":

@@ -186,8 +186,8 @@ def test_library_name_is_the_same_for_the_same_sources(sources, monkeypatch):
 
 def test_library_name_tells_every_source(sources):
     """One byte of any file, a file more, a file less, a file elsewhere: never the same name twice."""
-    files = sorted(x for x in sources.rglob("*") if x.suffix in (".h", ".cpp"))
-    assert {sources / x for x in build.SOURCES} <= set(files)
+    files = sorted(x for x in sources.rglob("*") if x.suffix in (".h", ".cpp", ".cu"))
+    assert {sources / x for x in (*build.SOURCES, *build.CUDA_SOURCES)} <= set(files)
     names = [build.library_name()]
     for path in files:
         content = path.read_bytes()
@@ -334,7 +334,7 @@ def stand_in(tmp_path_factory) -> Path:
 
 def copy_package(folder: Path, sources: Path) -> Path:
     here = Path(deltamem_kernels.__file__).parent
-    ignored = shutil.ignore_patterns("_cpu_torch_*", "__pycache__", "csrc")
+    ignored = shutil.ignore_patterns("_*_torch_*", "__pycache__", "csrc")
     shutil.copytree(here, folder / "deltamem_kernels", ignore=ignored)
     shutil.copytree(sources, folder / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
     return folder

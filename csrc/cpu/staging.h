@@ -2,7 +2,7 @@
 #pragma once
 
 #include "convert.h"
-#include "problem.h"
+#include "isa.h"
 
 namespace deltamem {
 inline namespace DELTAMEM_ISA {

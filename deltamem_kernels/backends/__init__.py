@@ -7,19 +7,22 @@ Each is a module with the functions of `reference`: the same names, arguments an
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from . import extension, reference, triton
+from . import cuda, extension, reference, triton
 
-NAMES = ("triton", "cuda", "cpu", "reference")
+_MODULES = {"triton": triton, "cuda": cuda, "cpu": extension, "reference": reference}
+NAMES = tuple(_MODULES)
 
 _ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 _chosen: dict[tuple[str, torch.device], ModuleType] = {}
 """What `choose` found, by name and device: a backend that runs once goes on running."""
+_lock = threading.Lock()
 
 
 # Looking a name up in os.environ takes 0.8 µs, most of it to encode the name: a tenth of a decoding step.
@@ -54,9 +57,7 @@ def unavailable_reason(name: str, device: torch.device) -> str | None:
     """Why the backend cannot run on tensors of this device, or None."""
     if name == "reference":
         return None
-    if name == "cuda":
-        return "this version has no CUDA C++ kernels"
-    return (triton if name == "triton" else extension).unavailable_reason(device)
+    return _MODULES[name].unavailable_reason(device)
 
 
 def choose(requested: str, device: torch.device) -> ModuleType:
@@ -84,8 +85,16 @@ def _named(name: str, device: torch.device, origin: str) -> ModuleType:
 
 
 def _best(device: torch.device) -> ModuleType:
+    order = _ORDER.get(device.type, ("reference",))
+    module = _first(order, device)
+    if order[0] == "triton" and module is _MODULES["triton"]:
+        return _UntilItFails(module, device, order[1:])  # type: ignore[return-value]
+    return module
+
+
+def _first(order: tuple[str, ...], device: torch.device) -> ModuleType:
     """A backend that could not be had is named once, in a warning: the next one is slower."""
-    for name in _ORDER.get(device.type, ("reference",)):
+    for name in order:
         reason = unavailable_reason(name, device)
         if reason is None:
             try:
@@ -97,8 +106,47 @@ def _best(device: torch.device) -> ModuleType:
     return reference
 
 
+class _UntilItFails:
+    """Triton where nobody asked for it by name. It compiles at a kernel's first launch: if a release of it, or the GPU,
+    cannot, the next backend takes over for good, with one warning that names the cause."""
+
+    def __init__(self, module: ModuleType, device: torch.device, others: tuple[str, ...]) -> None:
+        self._fragile = self._module = module
+        self._device, self._others = device, others
+
+    def delta_update_forward(self, *operands):
+        return self._run("delta_update_forward", operands)
+
+    def delta_update_backward(self, *operands):
+        return self._run("delta_update_backward", operands)
+
+    def delta_step(self, *operands):
+        return self._run("delta_step", operands)
+
+    def _run(self, function: str, operands: tuple):
+        if self._module is self._fragile:
+            try:
+                return getattr(self._fragile, function)(*operands)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever Triton, its compiler or the driver can come up with
+                self._take_over(error)
+        return getattr(self._module, function)(*operands)
+
+    def _take_over(self, error: Exception) -> None:
+        with _lock:
+            if self._module is not self._fragile:  # another thread was faster
+                return
+            self._module = _first(self._others, self._device)
+        name = next(name for name, module in _MODULES.items() if module is self._module)
+        warnings.warn(
+            f"deltamem_kernels: backend 'triton' failed on {self._device}, {name!r} takes over: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=4,
+        )
+
+
 def _module(name: str) -> ModuleType:
-    if name == "cpu":
-        extension.library()  # compiled on first use: a failure belongs here, not in the middle of a call
-        return extension
-    return triton if name == "triton" else reference
+    if name in ("cpu", "cuda"):
+        _MODULES[name].library()  # compiled on first use: a failure belongs here, not in the middle of a call
+    return _MODULES[name]

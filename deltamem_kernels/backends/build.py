@@ -1,5 +1,5 @@
-"""What the compiled library is built from, and where it lies. setup.py loads this file by its path, without the
-package: it must import nothing of it, and torch only inside functions."""
+"""What the compiled libraries, "cpu" and "cuda", are built from, and where they lie. setup.py loads this file by its
+path, without the package: it must import nothing of it, and torch only inside functions."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ SOURCES = (
     *("bindings.cpp", "bindings_correction.cpp", "bindings_projection.cpp"),
     *("cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp"),
 )
+CUDA_SOURCES = ("cuda/bindings.cpp", "cuda/forward.cu", "cuda/backward.cu", "cuda/step.cu", "cuda/chunked.cu")
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 
 
 def source_root() -> Path:
@@ -30,24 +32,40 @@ def compile_flags() -> list[str]:
     return flags + (["-fopenmp"] if sys.platform == "linux" else [])
 
 
+def cuda_archs() -> tuple[str, ...] | None:
+    """The architectures that DELTAMEM_CUDA_ARCHS names, as in "80;90"."""
+    names = os.environ.get("DELTAMEM_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";").replace(".", "").split(";")
+    archs = {name for name in names if name}
+    for arch in archs:
+        if not arch.rstrip("af").isdigit():
+            raise ValueError(f"DELTAMEM_CUDA_ARCHS must be numbers like 80;90;120, got {arch!r}")
+    return tuple(sorted(archs, key=lambda arch: int(arch.rstrip("af")))) or None
+
+
+def nvcc_flags(archs: tuple[str, ...]) -> list[str]:
+    """Machine code for each architecture, and PTX of the newest for those to come."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return ["-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden", *codes]
+
+
 def link_flags() -> list[str]:
     return ["-fopenmp"] if sys.platform == "linux" else []
 
 
-def library_name() -> str:
+def library_name(kind: str = "cpu", archs: tuple[str, ...] = ()) -> str:
     """The name tells what the library was built from: torch's release and a digest of sources, flags and torch. One
-    built from anything else has another name, and is not loaded."""
+    built from anything else has another name, and is not loaded. archs: of a library for these GPUs alone."""
     import torch
 
     digest = hashlib.sha256()
     for path in sorted(source_root().rglob("*")):
-        if path.suffix in (".h", ".cpp"):
+        if path.suffix in (".h", ".cpp", ".cu"):
             digest.update(path.relative_to(source_root()).as_posix().encode() + b"\0" + path.read_bytes())
-    digest.update(
-        repr((compile_flags(), torch.__version__, platform.machine(), sysconfig.get_config_var("SOABI"))).encode()
-    )
+    flags = compile_flags() if kind == "cpu" else (compile_flags(), nvcc_flags(archs or CUDA_ARCHS), archs)
+    digest.update(repr((flags, torch.__version__, platform.machine(), sysconfig.get_config_var("SOABI"))).encode())
     release = "".join(c if c.isalnum() else "_" for c in torch.__version__)
-    return f"_cpu_torch_{release}_{digest.hexdigest()[:12]}"
+    return f"_{kind}_torch_{release}_{digest.hexdigest()[:12]}"
 
 
 def built_ahead(name: str) -> Path:
@@ -55,19 +73,21 @@ def built_ahead(name: str) -> Path:
     return _PACKAGE / (name + sysconfig.get_config_var("EXT_SUFFIX"))
 
 
-def built_for_another() -> str | None:
+def built_for_another(kind: str = "cpu") -> str | None:
     """The torch release of a library that was built ahead, but not for the torch and the sources here."""
-    for path in sorted(_PACKAGE.glob("_cpu_torch_*")):
-        return path.name.split(".")[0].removeprefix("_cpu_torch_").rsplit("_", 1)[0].replace("_", ".")
+    for path in sorted(_PACKAGE.glob(f"_{kind}_torch_*")):
+        return path.name.split(".")[0].removeprefix(f"_{kind}_torch_").rsplit("_", 1)[0].replace("_", ".")
     return None
 
 
-def missing_tool() -> str | None:
+def missing_tool(kind: str = "cpu") -> str | None:
     """What is lacking to compile the library here, or None."""
     if sys.platform == "win32":
-        return "the CPU kernels are not built on Windows"
+        return f"the {kind.upper()} kernels are not built on Windows"
     if platform.machine() not in ("x86_64", "aarch64", "arm64"):
-        return f"the CPU kernels are not built for {platform.machine()}"
+        return f"the {kind.upper()} kernels are not built for {platform.machine()}"
+    if kind == "cuda" and nvcc() is None:
+        return "no CUDA compiler (nvcc is not on PATH; install the CUDA toolkit of torch's release, or set CUDA_HOME)"
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler!r} is not on PATH; install one, g++ 9 or newer, or set CXX)"
@@ -79,4 +99,13 @@ def missing_tool() -> str | None:
         return f"torch's build tools do not import: {error}"
     if not source_root().is_dir():
         return f"the sources are missing ({source_root().name}/ is not beside or inside the package)"
+    return None
+
+
+def nvcc() -> str | None:
+    """Where torch would take the CUDA compiler from."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for path in (home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+        if path and os.access(path, os.X_OK):
+            return path
     return None

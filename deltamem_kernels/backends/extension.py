@@ -1,6 +1,7 @@
-"""The compiled library (csrc/): loaded if it was built ahead, else compiled on first use into torch's cache.
+"""The compiled libraries (csrc/): loaded if they were built ahead, else compiled on first use into torch's cache.
 
-`cpu` is its backend for CPU tensors: vectorised over the rows of a state, threads over sequences and heads.
+This is `cpu`, the backend for CPU tensors: vectorised over the rows of a state, threads over sequences and heads.
+cuda.py has its library from here too.
 """
 
 from __future__ import annotations
@@ -34,56 +35,56 @@ def unavailable_reason(device: torch.device) -> str | None:
     """Why the `cpu` backend cannot run on tensors of this device, or None (it may have to be compiled first)."""
     if device.type != "cpu":
         return f"it runs on CPU tensors, not on {device.type}"
-    return _missing()
+    return _missing("cpu")
 
 
-def library() -> ModuleType:
-    """The library's module. The first call may compile, about 15 seconds of two cores."""
+def library(kind: str = "cpu") -> ModuleType:
+    """The library's module. The first call may compile: the CPU's about 15 seconds of two cores, CUDA's 30."""
     with _lock:
-        return _library()
+        return _library(kind)
 
 
 def delta_update_forward(*operands):
     """See `reference.delta_update_forward`."""
-    return _library().forward(*operands, choose_scan("cpu", *operands[0].shape[1:]).chunked)
+    return _library("cpu").forward(*operands, choose_scan("cpu", *operands[0].shape[1:]).chunked)
 
 
 def delta_update_backward(*operands):
     """See `reference.delta_update_backward`."""
-    return _library().backward(*operands, choose_scan("cpu", *operands[2].shape[1:]).chunked)
+    return _library("cpu").backward(*operands, choose_scan("cpu", *operands[2].shape[1:]).chunked)
 
 
 def delta_step(*operands):
     """See `reference.delta_step`."""
-    _library().step(*operands)
+    _library("cpu").step(*operands)
 
 
 def correct(*operands):
     """See `reference.correct`."""
-    return _library().correct(*operands)
+    return _library("cpu").correct(*operands)
 
 
 def correct_backward(*operands):
     """See `reference.correct_backward`."""
-    return _library().correct_backward(*operands)
+    return _library("cpu").correct_backward(*operands)
 
 
 def memory_projection_forward(*operands):
     """See `reference.memory_projection_forward`."""
-    return _library().memory_projection(*operands)
+    return _library("cpu").memory_projection(*operands)
 
 
 def segment_mean_forward(*operands):
     """See `reference.segment_mean_forward`."""
-    return _library().segment_mean(*operands)
+    return _library("cpu").segment_mean(*operands)
 
 
 @functools.cache
-def _missing() -> str | None:
-    if build.built_ahead(build.library_name()).exists() or _cached(build.library_name()).exists():
+def _missing(kind: str) -> str | None:
+    if any(path.exists() for _, path in _places(kind)):
         return None
-    lacking = build.missing_tool()
-    other = build.built_for_another()
+    lacking = build.missing_tool(kind)
+    other = build.built_for_another(kind)
     if lacking and other:
         return (
             f"it was built for torch {other}, not for this torch {torch.__version__}, and to build it anew: {lacking}"
@@ -92,15 +93,26 @@ def _missing() -> str | None:
 
 
 @functools.cache
-def _library() -> ModuleType:
-    name = build.library_name()
-    for path in (build.built_ahead(name), _cached(name)):
+def _library(kind: str) -> ModuleType:
+    for name, path in _places(kind):
         if path.exists():
             return _load(name, path)
-    lacking = build.missing_tool()
+    lacking = build.missing_tool(kind)
     if lacking:
         raise BuildError(lacking)
-    return _load(name, _compile(name))
+    return _load(name, _compile(kind, name))
+
+
+def _places(kind: str) -> list[tuple[str, Path]]:
+    """The library built ahead, and that of the cache. For CUDA the latter is for the GPUs of this machine alone."""
+    ahead = build.library_name(kind)
+    here = ahead if kind == "cpu" else build.library_name(kind, _archs())
+    return [(ahead, build.built_ahead(ahead)), (here, _cached(here))]
+
+
+def _archs() -> tuple[str, ...]:
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return build.cuda_archs() or tuple(f"{major}{minor}" for major, minor in sorted(found)) or build.CUDA_ARCHS
 
 
 def _cached(name: str) -> Path:
@@ -120,13 +132,16 @@ def _load(name: str, path: Path) -> ModuleType:
     return module
 
 
-def _compile(name: str) -> Path:
+def _compile(kind: str, name: str) -> Path:
     """Compiles beside the cache and moves the result there in one step: a process that is killed leaves no lock and
     no half a library, and two that compile at once both end with a whole one."""
     target = _cached(name)
-    other = build.built_for_another()
+    other = build.built_for_another(kind)
     why = f" (the installed library is for torch {other})" if other else ""
-    print(f"deltamem_kernels: compiling the CPU kernels for torch {torch.__version__}{why}, once", file=sys.stderr)
+    print(
+        f"deltamem_kernels: compiling the {kind.upper()} kernels for torch {torch.__version__}{why}, once",
+        file=sys.stderr,
+    )
     scripts = sysconfig.get_path("scripts")  # where pip puts ninja, also when the environment is not activated
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])
     try:
@@ -138,9 +153,11 @@ def _compile(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             cpp_extension.load(
                 name,
-                [str(build.source_root() / source) for source in build.SOURCES],
+                [str(build.source_root() / x) for x in (build.SOURCES if kind == "cpu" else build.CUDA_SOURCES)],
                 extra_cflags=build.compile_flags(),
+                extra_cuda_cflags=[] if kind == "cpu" else build.nvcc_flags(_archs()),
                 extra_ldflags=build.link_flags(),
+                with_cuda=kind == "cuda",
                 build_directory=folder,
                 is_python_module=False,
                 is_standalone=False,

@@ -1,0 +1,180 @@
+// The time-parallel form, and the choice of it. What a chunk does to a state row is an affine map, s -> s M + b; so
+// 1. the maps of all chunks at once: the scan run on virtual rows, the unit vectors without writes, and zero with writes;
+// 2. a fold of the maps into the state before each chunk;
+// 3. the scan of all chunks at once.
+// Backward is the same, from the last chunk to the first, with the gradient of the state: the maps are those of the
+// scan with its tokens reversed, and what reads leave behind takes the place of writes.
+#include "plan.h"
+#include "scans.h"
+
+namespace deltamem {
+
+template <int R>
+struct Virtual {
+  static constexpr int rows = R + 1;
+  static constexpr int threads = (R * rows + kWarp - 1) / kWarp * kWarp;
+  static constexpr int numbers = kChunk * R;
+};
+
+// maps: [segment, head, virtual row, row, column]. Nobody asks for that of a last chunk (backward: of a first).
+template <int R, bool kBackward>
+__global__ void __launch_bounds__(Virtual<R>::threads, 1)
+    maps_kernel(const __grid_constant__ Problem p, const __grid_constant__ Operand d_reads, float* maps,
+                const __grid_constant__ Plan plan) {
+  constexpr int numbers = Virtual<R>::numbers;
+  float* const tile = shared_memory<float>();
+  const int thread = threadIdx.x, virtual_row = thread / R, row = thread % R;
+  Task task;
+  for (int64_t index = blockIdx.x; index < plan.tasks; index += gridDim.x) {
+    if (!find_task(p, plan, index, task) || (kBackward ? task.first == 0 : task.is_last())) continue;
+    const int tokens = int(task.end - task.first);
+    fetch<R>(p, plan, task, task.first, tokens, R, tile, numbers, kBackward ? &d_reads : nullptr, thread,
+          Virtual<R>::threads);
+    __syncthreads();
+    if (virtual_row <= R) {
+      float S[R];
+      DELTAMEM_UNROLL
+      for (int j = 0; j < R; ++j) S[j] = j == virtual_row ? 1.f : 0.f;
+      for (int i = 0; i < tokens; ++i) {
+        const int t = (kBackward ? tokens - 1 - i : i) * R;
+        Token<float, R> x;
+        x.template load<kBackward>(tile, numbers, t + row, t);
+        const float held = dot(S, x.k, R);
+        if (kBackward) {
+          const float d_read = virtual_row == R ? x.d_read : 0.f, erased = x.erase * held;
+          DELTAMEM_UNROLL
+          for (int j = 0; j < R; ++j) S[j] = gradient_before(S[j], x.keep, erased, x.k[j], d_read, x.q[j]);
+        } else {
+          write_token(S, x.k, x.keep, change_by(x.erase, held, virtual_row == R ? x.value : 0.f), R);
+        }
+      }
+      float* const map = maps + ((index * Virtual<R>::rows + virtual_row) * R + row) * R;
+      DELTAMEM_UNROLL
+      for (int j = 0; j < R; ++j) map[j] = S[j];
+    }
+    __syncthreads();
+  }
+}
+
+// The state before each chunk but the first (backward: its gradient), to where checkpoints are kept. A thread has one
+// number of the state; R of a warp have a row.
+template <int R, bool kBackward>
+__global__ void fold_kernel(const __grid_constant__ Problem p, const __grid_constant__ Operand start, const float* maps,
+                            float* states, const __grid_constant__ Plan plan) {
+  const int thread = threadIdx.x, row = thread / R % R, column = thread % R;
+  for (int64_t index = blockIdx.x; index < p.N * p.H; index += gridDim.x) {
+    const int64_t n = index / p.H, h = index % p.H;
+    const Task task = whole_sequence(p, n);
+    const int64_t chunks = (task.length + kChunk - 1) / kChunk;
+    if (task.length < plan.chunked_from || chunks < 2) continue;
+    const bool counts = row < p.R && column < p.R;
+    float s = 0.f;
+    if (start.data && counts)
+      s = load<float>(start, n * start.stride[0] + h * start.stride[1] + row * start.stride[2] +
+                                 column * start.stride[3], Any{});
+    auto chunk = [&](int64_t i) { return kBackward ? chunks - 1 - i : i; };
+    auto load_map = [&](int64_t i, float* map) {
+      const int64_t c = chunk(i), segment = c ? p.N + task.checkpoint(p, c * kChunk) : n;
+      const float* const from = maps + (segment * p.H + h) * Virtual<R>::rows * R * R + row * R + column;
+      DELTAMEM_UNROLL
+      for (int v = 0; v <= R; ++v) map[v] = from[v * R * R];
+    };
+    float next[R + 1];
+    load_map(0, next);
+    for (int64_t i = 0; i < chunks - 1; ++i) {
+      float map[R + 1], s_row[R];
+      DELTAMEM_UNROLL
+      for (int v = 0; v <= R; ++v) map[v] = next[v];
+      load_map(i + 1 < chunks - 1 ? i + 1 : i, next);
+      DELTAMEM_UNROLL
+      for (int v = 0; v < R; ++v) s_row[v] = __shfl_sync(kAllLanes, s, v, R);
+      s = dot(s_row, map, R) + map[R];
+      const int64_t slot = task.checkpoint(p, (kBackward ? chunk(i) : chunk(i) + 1) * kChunk);
+      if (counts && thread < R * R) states[((slot * p.H + h) * p.R + row) * p.R + column] = s;
+    }
+  }
+}
+
+namespace cuda {
+namespace {
+
+constexpr int kLargestRank = 16;  // beyond it the maps are more work than they save
+int64_t chosen_by_hand = 0;
+
+template <class F>
+int with_map_rank(const Problem& p, F&& f) {
+  if (p.R <= 4) return f(Known<4>{});
+  if (p.R <= 8) return f(Known<8>{});
+  return f(Known<kLargestRank>{});
+}
+
+bool in_chunks(const Problem& p) { return p.T > kChunk && p.T >= chunked_from(p); }
+
+int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+int64_t maps_bytes(const Problem& p) {
+  const int64_t R = p.R <= 4 ? 4 : p.R <= 8 ? 8 : kLargestRank;
+  return rounded(plan_for(p, 1, chunked_from(p)).tasks * (R + 1) * R * R * int64_t(sizeof(float)));
+}
+int64_t states_bytes(const Problem& p) {
+  return rounded(p.B * (p.T / kChunk) * p.H * p.R * p.R * int64_t(sizeof(float)));
+}
+
+template <bool kBackward>
+int fold_chunks(const Problem& p, const Operand& d_reads, const Operand& start, float* maps, float* states,
+                Stream stream) {
+  const Plan plan = plan_for(p, 1, chunked_from(p));
+  return with_map_rank(p, [&](auto rank) {
+    constexpr int R = rank();
+    constexpr int pieces = kBackward ? int(kBackwardPieces) : int(kForwardPieces);
+    const size_t shared = pieces * Virtual<R>::numbers * sizeof(float);
+    const int error = launch(maps_kernel<R, kBackward>, plan.tasks, Virtual<R>::threads, shared, stream, p, d_reads,
+                             maps, plan);
+    if (error) return error;
+    return launch(fold_kernel<R, kBackward>, p.N * p.H, R * R < kWarp ? kWarp : R * R, 0, stream, p, start, maps,
+                  states, plan);
+  });
+}
+
+}  // namespace
+
+int64_t chunked_from(const Problem& p) {
+  if (p.double_precision || p.R > kLargestRank) return kNever;
+  if (chosen_by_hand) return chosen_by_hand;
+  return p.R <= 8 ? 512 : 1024;  // guessed: three launches and R + 1 times the work, on as many blocks as chunks
+}
+
+void set_chunked_from(int64_t tokens) { chosen_by_hand = tokens; }
+
+Needs forward_needs(const Problem& p) {
+  if (!in_chunks(p)) return {0, false};
+  return {maps_bytes(p), true};
+}
+
+Needs backward_needs(const Problem& p) {
+  if (!in_chunks(p)) return {history_bytes(p, kNever), true};
+  return {maps_bytes(p) + states_bytes(p) + history_bytes(p, chunked_from(p)), true};
+}
+
+int forward(const Problem& p, const ForwardOutput& out, void* workspace, Stream stream) {
+  if (!in_chunks(p)) return forward_scan(p, out, kNever, stream);
+  const int error = fold_chunks<false>(p, {}, p.initial_state, static_cast<float*>(workspace),
+                                       static_cast<float*>(out.checkpoints), stream);
+  return error ? error : forward_scan(p, out, chunked_from(p), stream);
+}
+
+int backward(const Problem& p, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
+             const BackwardOutput& out, void* workspace, Stream stream) {
+  if (!in_chunks(p))
+    return backward_scan(p, d_reads, d_final_state, checkpoints, nullptr, out, workspace, kNever, stream);
+  char* const memory = static_cast<char*>(workspace);
+  float* const states = reinterpret_cast<float*>(memory + maps_bytes(p));
+  const int error =
+      fold_chunks<true>(p, d_reads, d_final_state, static_cast<float*>(workspace), states, stream);
+  if (error) return error;
+  return backward_scan(p, d_reads, d_final_state, checkpoints, states, out, memory + maps_bytes(p) + states_bytes(p),
+                       chunked_from(p), stream);
+}
+
+}  // namespace cuda
+}  // namespace deltamem

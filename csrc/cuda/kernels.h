@@ -1,0 +1,46 @@
+// The operations on a GPU, as the host calls them: no torch here, and no word of CUDA but the stream.
+#pragma once
+
+#include "../problem.h"
+
+namespace deltamem {
+
+// delta_step on a GPU, which finds the slots itself: one outside of the pool is treated as the pad, and so is a row
+// whose number of accepted tokens is not from 1 to T.
+struct PoolStep {
+  Operand state;             // [slots, H, R, R]
+  Operand intermediate;      // of one row, [T, H, R, R]; data is null where absent
+  Operand reads;             // [N, T, H, R]
+  int64_t intermediate_row;  // stride between the rows of intermediate
+  int64_t slots, pad;
+  Indices indices, accepted;  // [N] or [N, T]; [N]
+  bool each, last;            // whether each token's state goes to its slot, the last one to the row's
+};
+
+typedef void* Stream;  // cudaStream_t
+
+namespace cuda {
+
+// Sequences of at least so many tokens run in chunks, all at once; shorter ones token by token. It looks at the rank
+// alone: a sequence has the same bits in any batch.
+int64_t chunked_from(const Problem& p);
+// For tests and measurements: this many tokens from now on; 0 for what was chosen.
+void set_chunked_from(int64_t tokens);
+
+// What a call needs besides its results: bytes of workspace, and for forward in chunks checkpoints also where nobody
+// keeps them.
+struct Needs {
+  int64_t workspace;
+  bool checkpoints;
+};
+Needs forward_needs(const Problem& p);
+Needs backward_needs(const Problem& p);
+
+// Launches; the error, 0 where there is none.
+int forward(const Problem& p, const ForwardOutput& out, void* workspace, Stream stream);
+int backward(const Problem& p, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
+             const BackwardOutput& out, void* workspace, Stream stream);
+int step(const Problem& p, const PoolStep& s, Stream stream);
+
+}  // namespace cuda
+}  // namespace deltamem

@@ -1,0 +1,68 @@
+"""The CUDA kernels' own source, played on threads (csrc/cuda/host.h) and built by the C++ compiler, for CPU tensors. It
+is no backend that anybody could ask for: `installed` puts it in the place of "cuda" for a test."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch.utils import cpp_extension
+
+from deltamem_kernels.backends import build, extension
+
+FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-DDELTAMEM_CUDA_HOST", "-Wno-unknown-pragmas", "-Wno-psabi"]
+
+
+@functools.cache
+def library() -> ModuleType:
+    """Compiled once for these sources and this torch, about half a minute of two cores."""
+    digest = hashlib.sha256(repr((build.library_name("cuda"), FLAGS)).encode()).hexdigest()[:12]
+    name = f"_cuda_host_{digest}"
+    path = extension._cached(name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            cpp_extension.load(
+                name, wrapped(Path(folder)), extra_cflags=FLAGS, build_directory=folder, is_python_module=False
+            )
+            os.replace(Path(folder) / f"{name}.so", path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wrapped(folder: Path) -> list[str]:
+    """The sources under names that no compiler takes for CUDA."""
+    files = []
+    for source in build.CUDA_SOURCES:
+        file = folder / (Path(source).stem + ".cpp")
+        file.write_text(f'#include "{build.source_root() / source}"\n')
+        files.append(str(file))
+    return files
+
+
+@contextlib.contextmanager
+def installed(chunked_from: int = 0) -> Iterator[None]:
+    """As the backend "cuda" of CPU tensors. Sequences of chunked_from tokens run in chunks; 0 for the usual choice."""
+    found = library()
+    module = SimpleNamespace(
+        delta_update_forward=found.forward, delta_update_backward=found.backward, delta_step=found.step
+    )
+    package = importlib.import_module("deltamem_kernels.backends")
+    key = ("cuda", torch.device("cpu"))
+    found.set_chunked_from(chunked_from)
+    package._chosen[key] = module
+    try:
+        yield
+    finally:
+        found.set_chunked_from(0)
+        del package._chosen[key]

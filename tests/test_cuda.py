@@ -1,0 +1,297 @@
+"""The CUDA kernels beyond what the tests of every backend see of them: both forms of the scan around the ends of tiles
+and chunks, memory and races under sanitizers, and what nvcc makes of them for each GPU generation."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import cuda_host
+import pytest
+import torch
+from problems import FLOAT32_TOLERANCE, MODES, NAMES, assert_close, cotangents_for, make, oracle
+from test_parity import GATES, check
+
+from deltamem_kernels import delta_step, delta_update
+from deltamem_kernels.backends import build
+
+PLAYED = SimpleNamespace(backend="cuda", device="cpu", slow=True)
+CHUNK = 64
+
+
+@pytest.fixture(params=[0, CHUNK + 1], ids=["plain", "in chunks"])
+def form(request):
+    with cuda_host.installed(request.param):
+        yield request.param
+
+
+# Both forms of the scan
+
+
+@pytest.mark.parametrize("T", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3])
+@pytest.mark.parametrize("R", [4, 8])
+def test_lengths(form, T, R):
+    check(make(B=2, T=T, H=1, R=R, mask=T % 2 == 1, state=T != CHUNK), PLAYED)
+
+
+@pytest.mark.parametrize("R", [1, 3, 5, 12, 16, 32])
+def test_ranks_over_chunks(form, R):
+    check(make(B=1, T=CHUNK + 3, H=1, R=R, mode="lambda_outside", decay=True, beta_per_head=True, fenced=True), PLAYED)
+
+
+@pytest.mark.parametrize(("mode", "decay", "beta_per_head", "decay_per_head"), GATES)
+def test_gates_in_chunks(mode, decay, beta_per_head, decay_per_head):
+    problem = make(B=1, T=CHUNK + 6, R=4, mode=mode, decay=decay, beta_per_head=beta_per_head,
+                   decay_per_head=decay_per_head, mask=True)  # fmt: skip
+    with cuda_host.installed(CHUNK + 1):
+        check(problem, PLAYED)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_sequences_in_chunks(mode):
+    """Those of more than a chunk beside those of less: each is run as it would be alone."""
+    with cuda_host.installed(CHUNK + 1):
+        check(make(lengths=(0, 130, 3, 0, 64, 65, 1, 0), H=1, R=4, mode=mode, mask=True), PLAYED)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_operands_of_one_dtype_and_mixed_in_chunks(dtype):
+    """Operands of one dtype have loads of their own: with v of another, the results are the same numbers."""
+    problem = make(B=1, T=CHUNK + 3, H=1, dtype=dtype)
+    mixed = problem.to()
+    mixed.operands["v"] = mixed.operands["v"].float()
+    with cuda_host.installed(CHUNK + 1):
+        same, other = problem.forward("cuda"), mixed.forward("cuda")
+    assert torch.equal(same["reads"], other["reads"])
+    assert torch.equal(same["final_state"], other["final_state"])
+
+
+@pytest.mark.parametrize("wanted", [(name,) for name in NAMES] + [("k", "beta", "initial_state")], ids="-".join)
+def test_frozen_operands_in_chunks(wanted):
+    problem = make(B=1, T=CHUNK + 2, H=1, R=4, decay=True, decay_per_head=True)
+    weights = cotangents_for(problem)
+    with cuda_host.installed(CHUNK + 1):
+        ours = problem.forward_backward("cuda", weights, wanted)
+    assert_close(ours, oracle(problem, weights, wanted), FLOAT32_TOLERANCE)
+
+
+def test_a_sequence_has_its_bits_in_any_company(form):
+    """Alone, in a batch, and packed beside shorter and longer ones; with and without what backward needs."""
+    q, k, v = (torch.nn.functional.normalize(torch.randn(1, 70, 1, 4), dim=-1) for _ in range(3))
+    operands = [q, k, v, torch.rand(1, 70, 1, 4)]
+
+    def run(shape, place):
+        parents = [torch.randn(*shape, 1, 4) for _ in operands]
+        for parent, x in zip(parents, operands, strict=True):
+            parent[place] = x[0]
+        return parents
+
+    alone = delta_update(*operands, backend="cuda")
+    saved = delta_update(operands[0].clone().requires_grad_(), *operands[1:], backend="cuda")
+    batch = delta_update(*run((3, 70), 1), backend="cuda")
+    bounds = torch.tensor([0, 5, 75, 140])
+    packed = delta_update(*run((1, 140), (0, slice(5, 75))), cu_seqlens=bounds, backend="cuda")
+    for reads, state in (
+        (saved.reads[0], saved.final_state[0]),
+        (batch.reads[1], batch.final_state[1]),
+        (packed.reads[0, 5:75], packed.final_state[1]),
+    ):
+        assert torch.equal(reads, alone.reads[0])
+        assert torch.equal(state, alone.final_state[0])
+
+
+def remembering(problem):
+    """With gates that forget little: what a chunk starts from is still there at its end."""
+    problem.operands["beta"] *= 0.05
+    if "decay" in problem.operands:
+        problem.operands["decay"] = 1 - 0.03 * problem.operands["decay"]
+    return problem
+
+
+@pytest.mark.parametrize(("mode", "decay", "beta_per_head", "decay_per_head"), GATES)
+@pytest.mark.parametrize("R", [4, 7])
+def test_long_memory_over_chunks(form, mode, decay, beta_per_head, decay_per_head, R):
+    problem = make(B=1, T=2 * CHUNK + 3, H=1, R=R, mode=mode, decay=decay, beta_per_head=beta_per_head,
+                   decay_per_head=decay_per_head)  # fmt: skip
+    check(remembering(problem), PLAYED)
+
+
+def test_long_memory_at_rank_16(form):
+    check(remembering(make(B=1, T=2 * CHUNK + 3, H=1, R=16, mode="lambda_outside", decay=True)), PLAYED)
+
+
+@pytest.mark.parametrize(("T", "same_as"), [(511, 10**6), (512, CHUNK + 1)])
+def test_long_sequences_run_in_chunks(T, same_as):
+    """The usual choice, seen by its bits; in a float64 oracle's eyes the forms are equals."""
+    problem = remembering(make(B=1, T=T, H=1, R=4))
+    reads = {}
+    for chunked_from in (0, 10**6, CHUNK + 1):
+        with cuda_host.installed(chunked_from):
+            reads[chunked_from] = problem.forward("cuda")["reads"]
+    assert torch.equal(reads[0], reads[same_as])
+    assert not torch.equal(reads[10**6], reads[CHUNK + 1])
+    assert_close(
+        {"reads": reads[0]}, {"reads": problem.to(torch.float64).forward("reference")["reads"]}, FLOAT32_TOLERANCE
+    )
+
+
+def test_slots_outside_of_the_pool_are_pads():
+    """Values on a GPU are not looked at by the host, so nobody else can refuse them."""
+    x = torch.rand(4, 1, 4)
+    pool = torch.rand(3, 1, 4, 4)
+    before = pool.clone()
+    with cuda_host.installed():
+        reads = delta_step(pool, x, x, x, x, state_indices=torch.tensor([7, 1, -2, 3]), backend="cuda")
+        drafts = torch.rand(2, 2, 1, 4)
+        slots, accepted = torch.tensor([[0, 9], [2, 0]]), torch.tensor([2, 5])
+        others = delta_step(before.clone(), drafts, drafts, drafts, drafts, state_indices=slots,
+                            num_accepted_tokens=accepted, backend="cuda")  # fmt: skip
+    assert torch.count_nonzero(reads[[0, 2, 3]]) == 0
+    assert torch.count_nonzero(reads[1]) == 4
+    assert torch.equal(pool[[0, 2]], before[[0, 2]])
+    assert not torch.equal(pool[1], before[1])
+    assert torch.count_nonzero(others) == 0
+
+
+# Sanitizers, on a program of its own
+
+SANITIZERS = {"address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], "thread": ["-fsanitize=thread"]}
+CHECK = Path(__file__).with_name("cuda_host_check.cpp")
+KERNELS = [source for source in build.CUDA_SOURCES if source.endswith(".cu")]
+
+
+class Program:
+    """cuda_host_check.cpp with the kernels of `sources`, built with a sanitizer."""
+
+    def __init__(self, folder: Path, sources: Path, flags: list[str]) -> None:
+        self.folder, self.sources = folder, sources
+        self.flags = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", *flags]
+        self.objects = {}
+
+    def build(self) -> Program:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(self.compile, [CHECK, *(self.sources / source for source in KERNELS)]))
+        return self
+
+    def compile(self, source: Path) -> None:
+        self.objects[source.name] = self.folder / f"{source.name}.o"
+        self.call(*self.flags, "-I", self.sources, "-x", "c++", "-c", source, "-o", self.objects[source.name])
+
+    def changed(self, folder: Path, source: str, right: str, wrong: str) -> Program:
+        """With a kernel that has `wrong` in the place of `right`."""
+        copy = folder / "csrc"
+        shutil.copytree(self.sources, copy)
+        path = copy / source
+        text = path.read_text()
+        assert text.count(right) == 1
+        path.write_text(text.replace(right, wrong))
+        other = Program(folder, copy, [])
+        other.flags, other.objects = self.flags, dict(self.objects)
+        other.compile(copy / "cuda" / "forward.cu")
+        return other
+
+    def run(self, seed: int) -> subprocess.CompletedProcess:
+        program = self.folder / "check"
+        self.call(*self.flags, *self.objects.values(), "-o", program, "-pthread")
+        # ThreadSanitizer of older compilers cannot cope with how far newer kernels scatter addresses.
+        fixed = ["setarch", "-R"]
+        usable = shutil.which("setarch") and subprocess.run([*fixed, "true"], capture_output=True).returncode == 0
+        command = [*(fixed if usable else []), str(program), str(seed)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+    @staticmethod
+    def call(*command: object) -> None:
+        done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module", params=SANITIZERS)
+def sanitized(request, tmp_path_factory) -> tuple[str, Program]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, Program(folder, build.source_root(), SANITIZERS[request.param]).build()
+
+
+def test_sanitizers_find_nothing(sanitized, request):
+    _, program = sanitized
+    done = program.run(request.config.getoption("--seed") % 2**31)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert done.stdout.endswith("right\n")
+
+
+PLANTED = {
+    "address": ("cuda/forward.cu", "store(read, out.reads, offset(", "store(read, out.reads, 1 + offset("),
+    "thread": ("cuda/tile.h", "      scan(i);\n    }\n    __syncthreads();\n", "      scan(i);\n    }\n"),
+}
+REPORTS = {"address": "AddressSanitizer: heap-buffer-overflow", "thread": "ThreadSanitizer: data race"}
+
+
+def test_sanitizers_find_what_was_planted(sanitized, tmp_path):
+    """A write one number past the reads, and tiles handed over without waiting."""
+    name, program = sanitized
+    done = program.changed(tmp_path, *PLANTED[name]).run(0)
+    assert done.returncode != 0
+    assert REPORTS[name] in done.stderr
+    assert "forward_kernel" in done.stderr
+
+
+# nvcc, where there is one: the header of the run says so
+
+RESOURCES = re.compile(
+    r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[tuple[str, int, bool, int, int, int]]:
+    """Kernel, rank, whether it is float32, architecture, bytes spilled, registers: of every kernel."""
+    nvcc = build.nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc here: the CUDA kernels were not compiled for any GPU")
+    folder = tmp_path_factory.mktemp("nvcc")
+    flags = ["-std=c++17", "-Xptxas=-v", "-Werror=all-warnings"]
+
+    def compile_one(task: tuple[str, str]) -> str:
+        source, arch = task
+        command = [nvcc, *flags, *build.nvcc_flags((arch,)), "-c", str(build.source_root() / source)]
+        done = subprocess.run(
+            [*command, "-o", str(folder / f"{Path(source).stem}_{arch}.o")], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    tasks = sorted(
+        itertools.product(KERNELS, build.CUDA_ARCHS), key=lambda task: "backward" not in task[0]
+    )  # longest first
+    with ThreadPoolExecutor(2) as pool:
+        said = "\n".join(pool.map(compile_one, tasks))
+    rows = []
+    for name, arch, _, stores, loads, registers in RESOURCES.findall(said):
+        kernel = re.search(r"(forward|backward|step|maps|fold)_kernel", name).group(1)
+        number, rank = re.search(r"_kernelI([fd]?)Li(\d+)E", name).groups()
+        rows.append((kernel, int(rank), number != "d", int(arch), int(stores) + int(loads), int(registers)))
+    return rows
+
+
+@pytest.mark.parametrize("arch", build.CUDA_ARCHS)
+def test_no_spills(compiled, arch):
+    """At the ranks that the architecture of δ-mem uses, nothing that belongs into a register is anywhere else."""
+    usual = [row for row in compiled if row[1] in (4, 8, 16) and row[2] and row[3] == int(arch)]
+    kernels = ("forward", "backward", "step", "maps", "maps", "fold", "fold")
+    assert sorted(row[0] for row in usual) == sorted(3 * kernels)
+    for row in usual:
+        print(row)
+    assert not [row for row in usual if row[4] > 0]
+
+
+def test_every_kernel_is_compiled(compiled):
+    scans = {(kernel, rank, True) for kernel in ("forward", "backward", "step") for rank in (4, 8, 16, 32, 64, 128)}
+    scans |= {(kernel, rank, False) for kernel in ("forward", "backward", "step") for rank in (32, 128)}
+    for arch in build.CUDA_ARCHS:
+        assert scans <= {row[:3] for row in compiled if row[3] == int(arch)}
