@@ -30,8 +30,9 @@ def parse(arguments: Sequence[str], operation_names: Sequence[str]) -> argparse.
     add("--gates", choices=("row", "head"), default="row", help="a gate for each state row, or one a head")
     add("--rank", type=int, default=8)
     add("--heads", type=int, default=1)
-    add("--batch", type=int, default=1)
-    add("--tokens", type=int, nargs="+", help="sequence lengths (default: 128 1024 8192)")
+    add("--batch", type=int, nargs="+", help="how many sequences (default: the operation's own, mostly 1)")
+    add("--tokens", type=int, nargs="+", help="sequence lengths (default: the operation's own, mostly 128 1024 8192)")
+    add("--most", type=int, default=2**21, help="tokens of a whole batch; larger ones are left out (default: 2^21)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=os.cpu_count(), help="CPU: the better of one thread and this many counts")
     add("--seconds", type=float, help="time for each implementation and shape (default: 2)")
@@ -39,11 +40,10 @@ def parse(arguments: Sequence[str], operation_names: Sequence[str]) -> argparse.
     add("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE-INPUT-DTYPE.json")
     add("--plot", type=Path, metavar="FILE", help="default: beside the JSON file, .png")
     options = parser.parse_args(arguments)
-    options.tokens = options.tokens or ([128] if options.quick else [128, 1024, 8192])
     options.seconds = options.seconds or (0.1 if options.quick else 2.0)
     options.json = options.json or RESULTS / f"{options.device}-{options.input}-{options.dtype}.json"
     options.plot = options.plot or options.json.with_suffix(".png")
-    if min(options.tokens) < 1 or min(options.rank, options.heads, options.batch, options.threads) < 1:
+    if min(options.rank, options.heads, options.threads, *options.batch or [1], *options.tokens or [1]) < 1:
         parser.error("sizes and threads must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
@@ -57,6 +57,18 @@ def chosen(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
     return [name for name in names if any(part == name or (part in name and part not in names) for part in parts)]
 
 
+def shapes(operation: Operation, options: argparse.Namespace) -> list[Shape]:
+    """Of an operation, by the options or else its own; with --quick the first of its own."""
+    few = 1 if options.quick else None
+    kind = (options.heads, options.rank, getattr(torch, options.dtype), options.device, options.mode, options.gates)
+    return [
+        Shape(tokens, batch, *kind, options.input)
+        for batch in options.batch or operation.batches[:few]
+        for tokens in options.tokens or operation.tokens[:few]
+        if batch * tokens <= options.most
+    ]
+
+
 def main(arguments: Sequence[str] | None = None, operations: Sequence[Operation] | None = None) -> int:
     """The exit status: 0, or 1 where an implementation is wrong or failed."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -68,29 +80,18 @@ def main(arguments: Sequence[str] | None = None, operations: Sequence[Operation]
     for operation in operations:
         names = chosen(options.impl, [each.name for each in operation.implementations])
         implementations[operation.name] = [each for each in operation.implementations if each.name in names]
-    total = 2 * len(options.tokens) * sum(map(len, implementations.values()))
+    cases = [(operation, shape) for operation in operations for shape in shapes(operation, options)]
+    total = 2 * sum(len(implementations[operation.name]) for operation, _ in cases)
     if not total:
-        raise SystemExit("nothing to do: no operation or no implementation has such a name")
+        raise SystemExit("nothing to do: no operation or no implementation has such a name, or all is over --most")
 
     torch.set_num_threads(options.threads)
     bandwidth = measure.copy_bandwidth(options.device)
     settings = Settings(options.seconds, sorted({1, options.threads}), bandwidth, options.quick)
     rows = []
     with Progress(total) as progress:
-        for operation in operations:
-            for tokens in options.tokens:
-                shape = Shape(
-                    tokens,
-                    options.batch,
-                    options.heads,
-                    options.rank,
-                    getattr(torch, options.dtype),
-                    options.device,
-                    options.mode,
-                    options.gates,
-                    options.input,
-                )
-                rows += run_case(operation, implementations[operation.name], shape, settings, progress)
+        for operation, shape in cases:
+            rows += run_case(operation, implementations[operation.name], shape, settings, progress)
 
     header = machine.header(arguments, options.device, options.threads, bandwidth)
     print(f"{header['device']}, {header['cores']} cores, copy {header['copy_bandwidth_gb_s']} GB/s", end="")

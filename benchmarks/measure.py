@@ -9,7 +9,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -178,6 +178,22 @@ def peak_memory(call: Call, device: str) -> int | None:
         return _peak_resident_bytes() - before
     except (OSError, StopIteration):
         return None
+
+
+def kept_for_backward(call: Call, inputs: Iterable[torch.Tensor]) -> int:
+    """Bytes of what autograd keeps between forward and backward, beyond the inputs themselves."""
+    theirs = {x.untyped_storage().data_ptr() for x in inputs}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in theirs:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        call()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _peak_resident_bytes() -> int:

@@ -64,7 +64,8 @@ class Implementation:
 @dataclass(frozen=True)
 class Operation:
     """`oracle` gets the inputs in float64 on the CPU; an implementation must return all of its outputs, by name.
-    Where `gradients_of` names inputs, they require gradients; otherwise everything runs in inference mode."""
+    Where `gradients_of` names inputs, they require gradients; otherwise everything runs in inference mode. `tokens` and
+    `batches` are the sizes it runs on unless told."""
 
     name: str
     inputs: Callable[[Shape], Tensors]
@@ -73,6 +74,8 @@ class Operation:
     implementations: tuple[Implementation, ...]
     baseline: str
     gradients_of: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = (128, 1024, 8192)
+    batches: tuple[int, ...] = (1,)
 
 
 def with_gradients(

@@ -13,8 +13,8 @@ from .runner import Row
 
 LEAST_RESIDENT_BYTES = 2**16  # below, the resident size says little: see measure.peak_memory
 COLUMNS = (
-    "implementation", "T", "median", "spread", "tokens/s", "ns/token", "GB/s", "of floor", "memory", "error", "speed",
-    "timed with",
+    "implementation", "B", "T", "median", "spread", "tokens/s", "ns/token", "GB/s", "of floor", "memory", "kept",
+    "error", "speed", "timed with",
 )  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     median = _scaled(seconds, ("ns", "µs", "ms", "s")) if row.status == "ok" else row.status
     return (
         row.implementation,
+        f"{row.shape.batch}",
         f"{row.shape.tokens}",
         median,
         "-" if timings["spread"] is None else f"{100 * timings['spread']:.1f} %",
@@ -50,6 +51,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         "-" if timings["gb_per_second"] is None else _digits(timings["gb_per_second"]),
         "-" if timings["share_of_floor"] is None else f"{_digits(100 * timings['share_of_floor'])} %",
         _memory(row),
+        _scaled(row.kept_bytes, ("B", "KiB", "MiB", "GiB"), 1024.0),
         "-" if row.error is None else f"{row.error:.1e}",
         "-" if row.speed is None else f"{_digits(row.speed)}x",
         row.method or "-",
@@ -79,8 +81,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _kind(row: Row) -> str:
-    """The shape without its T, which is a column."""
-    return str(row.shape).replace(f" T={row.shape.tokens} ", " ")
+    """The shape without its B and T, which are columns."""
+    return str(row.shape).replace(f"B={row.shape.batch} T={row.shape.tokens} ", "")
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
@@ -122,41 +124,64 @@ def _finite(value: object) -> object:
 
 
 def plot(header: dict, rows: Sequence[Row], path: Path) -> None:
-    """Time a token against T, a panel for each operation. Raises ImportError where matplotlib is missing."""
+    """Time a token against T, a panel for each operation and B; or against B where that has more values. Raises
+    ImportError where matplotlib is missing."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
 
     timed = [row for row in rows if row.seconds is not None]
-    operations = list(dict.fromkeys(row.operation for row in timed))
     names = list(dict.fromkeys(row.implementation for row in timed))
-    count = max(1, len(operations))
-    size = (6.2 * count, 5)
-    figure, panels = pyplot.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for operation, panel in zip(operations, panels[0], strict=False):
-        here = [row for row in timed if row.operation == operation]
-        for index, name in enumerate(names):
-            mine = [row for row in here if row.implementation == name]
-            points = sorted((row.shape.tokens, row.timings["ns_per_token"]) for row in mine)
-            if points:
-                panel.loglog(*zip(*points, strict=True), "os^Dvp*X"[index % 8] + "-", color=f"C{index}", label=name)
-        floor = sorted({(row.shape.tokens, 1e9 * row.floor_seconds / row.tokens) for row in here})
-        panel.loglog(*zip(*floor, strict=True), "k:", label="bytes moved once, at copy speed")
-        lengths = [tokens for tokens, _ in floor]
-        panel.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
-        panel.minorticks_off()
-        panel.yaxis.set_major_formatter(
-            FuncFormatter(lambda number, _: f"{number:,.0f}" if number >= 1 else f"{number}")
-        )
-        panel.grid(alpha=0.3)
-        panel.set(title=operation, xlabel="tokens (T)")
+    panels_of = _panels(timed)
+    count = max(1, len(panels_of))
+    columns = min(count, 4)
+    size = (6.2 * columns, 5 * -(-count // columns))
+    figure, panels = pyplot.subplots(
+        -(-count // columns), columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, (title, across, here) in zip(panels.flat, panels_of, strict=False):
+        _draw(panel, title, across, here, names)
+    for panel in panels.flat[len(panels_of) :]:
+        panel.set_axis_off()
     panels[0][0].set_ylabel("ns a token (less is better)")
-    if operations:
-        handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    if panels_of:
+        shown = {
+            label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, frameon=False)
         figure.suptitle(f"{header['device']}: {_kind(timed[0])}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
+
+
+def _panels(timed: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
+    """Title, the size that the rows differ in (`tokens` or `batch`), and the rows of each panel."""
+    panels = []
+    for operation in dict.fromkeys(row.operation for row in timed):
+        here = [row for row in timed if row.operation == operation]
+        lengths, batches = {row.shape.tokens for row in here}, {row.shape.batch for row in here}
+        across, fixed = ("batch", "tokens") if len(batches) > len(lengths) else ("tokens", "batch")
+        for value in sorted({getattr(row.shape, fixed) for row in here}):
+            title = f"{operation}, {'T' if fixed == 'tokens' else 'B'} = {value}"
+            panels.append((title, across, [row for row in here if getattr(row.shape, fixed) == value]))
+    return panels
+
+
+def _draw(panel, title: str, across: str, here: Sequence[Row], names: Sequence[str]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    size = lambda row: getattr(row.shape, across)  # noqa: E731
+    for index, name in enumerate(names):
+        points = sorted((size(row), row.timings["ns_per_token"]) for row in here if row.implementation == name)
+        if points:
+            panel.loglog(*zip(*points, strict=True), "os^Dvp*X"[index % 8] + "-", color=f"C{index}", label=name)
+    floor = sorted({(size(row), 1e9 * row.floor_seconds / row.tokens) for row in here})
+    panel.loglog(*zip(*floor, strict=True), "k:", label="bytes moved once, at copy speed")
+    sizes = [x for x, _ in floor]
+    panel.set_xticks(sizes, [f"{x:,}" if x < 10_000 else f"{x // 1024:,} Ki" for x in sizes])
+    panel.minorticks_off()
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.0f}" if number >= 1 else f"{number}"))
+    panel.grid(alpha=0.3)
+    panel.set(title=title, xlabel="tokens (T)" if across == "tokens" else "sequences (B)")

@@ -34,6 +34,7 @@ class Row:
     samples: int | None = None
     method: str | None = None
     peak_memory_bytes: int | None = None
+    kept_bytes: int | None = None
     speed: float | None = None
 
     @property
@@ -154,6 +155,8 @@ def _check(
         if not all(error <= TOLERANCE[shape.dtype] for error in row.errors.values()):  # a NaN is wrong too
             row.status = "WRONG"
             return None
+        if operation.gradients_of:
+            row.kept_bytes = measure.kept_for_backward(lambda: implementation.run(prepared, shape), prepared.values())
         row.peak_memory_bytes = measure.peak_memory(lambda: implementation.run(prepared, shape), shape.device)
         if shape.device != "cuda":
             return measure.CpuStopwatch(lambda: implementation.run(prepared, shape), settings.thread_choices)

@@ -57,6 +57,7 @@ def test_end_to_end(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
             assert row["samples"] >= measure.LEAST_SAMPLES
             assert row["error"] < 2e-5
             assert row["tokens_per_second"] * row["ns_per_token"] == pytest.approx(1e9)
+            assert (row["kept_bytes"] is not None) == ("backward" in operation)
             assert row["speed"] == pytest.approx(ran[operation, "upstream-torch"]["seconds"] / row["seconds"])
     gradients = ran["delta_update forward+backward", "ours (cpu)"]["errors"]
     assert set(gradients) == {"reads", "final_state", "d_q", "d_k", "d_v", "d_beta"}
@@ -207,3 +208,32 @@ def test_names_are_chosen_by_part_or_whole() -> None:
 
 def test_paths_are_cut() -> None:
     assert machine.without_paths("--json /tmp/a/b.json --x a/b, see /usr/lib/c.so") == "--json b.json --x a/b, see c.so"
+
+
+@pytest.mark.parametrize("tokens", ["1", "3"])
+def test_steps_are_checked_and_timed(run, tokens) -> None:
+    status, result = run("--op", "delta_step", "--batch", "1", "5", "--tokens", tokens)
+    assert status == 0
+    ran = {(row["implementation"], row["shape"]["batch"]) for row in result["rows"] if row["status"] == "ok"}
+    assert ran >= {(name, n) for name in ("ours (cpu)", "ours (reference)", "pytorch") for n in (1, 5)}
+
+
+def test_sizes_are_the_operations_own_unless_told() -> None:
+    from benchmarks.__main__ import parse, shapes
+    from benchmarks.operations.delta_step import OPERATIONS
+
+    (operation,) = OPERATIONS
+
+    sizes = lambda *arguments: [(x.batch, x.tokens) for x in shapes(operation, parse(arguments, []))]  # noqa: E731
+    assert sizes() == [(n, t) for n in (1, 16, 256, 4096) for t in (1, 4)]
+    assert sizes("--quick") == [(1, 1)]
+    assert sizes("--batch", "2", "3", "--tokens", "5") == [(2, 5), (3, 5)]
+    assert sizes("--batch", "2", "3", "--tokens", "5", "--most", "10") == [(2, 5)]
+
+
+def test_what_is_kept_for_backward_is_counted() -> None:
+    """The result of exp and a copy of x are kept, x itself is the caller's; and each storage counts once."""
+    x = torch.randn(1000, requires_grad=True)
+    other = torch.randn(1000)
+    kept = measure.kept_for_backward(lambda: (x.exp() * 2 + x * other + x * other[:500].repeat(2)).sum(), [x])
+    assert kept == 3 * 4000

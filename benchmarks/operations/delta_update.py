@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deltamem_kernels import backends, delta_update
+from deltamem_kernels.backends.scan import force_scan
 
 from ..inputs import memory_operands
 from ..registry import Implementation, Operation, Shape, Tensors, with_gradients
@@ -20,6 +21,8 @@ from ..registry import Implementation, Operation, Shape, Tensors, with_gradients
 GRADIENTS_OF = ("q", "k", "v", "beta")
 REFERENCE_TOKENS = 1024
 COMPILED_BLOCK = 32
+LOOP_TOKENS = 8192
+"""What walks tokens in Python is not asked for more, in all sequences of a batch: it takes minutes."""
 
 
 def forward_inputs(shape: Shape) -> Tensors:
@@ -80,6 +83,15 @@ def _ours_why_not(backend: str, shape: Shape) -> str | None:
     if backend == "reference" and shape.tokens > REFERENCE_TOKENS:
         return f"made to be read, not to be fast: run up to {REFERENCE_TOKENS} tokens"
     return None
+
+
+def _oracle(inputs: Tensors, shape: Shape) -> Tensors:
+    """In float64. Beyond a few thousand tokens by the C++ kernel, which the tests hold against the reference."""
+    return _ours("reference" if shape.tokens <= LOOP_TOKENS else "cpu")(inputs, shape)
+
+
+def _loop_why_not(shape: Shape) -> str | None:
+    return f"run up to {LOOP_TOKENS} tokens" if shape.tokens > LOOP_TOKENS else None
 
 
 # Upstream (declare-lab/delta-Mem): its own functions where the package `deltamem` is importable
@@ -222,6 +234,8 @@ def _token_blocks(operand: Tensor) -> tuple[Tensor, ...]:
 
 
 def _compiled_why_not(shape: Shape) -> str | None:
+    if shape.tokens > LOOP_TOKENS:
+        return _loop_why_not(shape)
     if shape.tokens % COMPILED_BLOCK:
         return f"compiled for a multiple of {COMPILED_BLOCK} tokens"
     compilers = (os.environ.get("CXX"), "g++", "clang++")
@@ -235,11 +249,18 @@ def _implementations() -> tuple[Implementation, ...]:
         Implementation(f"ours ({name})", _ours(name), functools.partial(_ours_why_not, name)) for name in backends()
     )
     own = _upstream("deltamem.core.delta_impl", "DeltaMemAttention")
+    forced = tuple(
+        Implementation(f"{name}, {way}", _within(_ours(name), way == "chunked"), functools.partial(_ours_why_not, name))
+        for name in ("triton", "cpu")
+        for way in ("plain", "chunked")
+    )
     return (
         *ours,
+        *forced,
         Implementation(
             "upstream-torch",
             _on_upstreams_layout(_upstream_torch_loop),
+            _loop_why_not,
             note="upstream's own loop" if own else "upstream's loop, rewritten: its package is not installed",
         ),
         Implementation(
@@ -262,8 +283,18 @@ def _implementations() -> tuple[Implementation, ...]:
     )  # fmt: skip
 
 
+def _within(run: Callable[[Tensors, Shape], Tensors], chunked: bool) -> Callable[[Tensors, Shape], Tensors]:
+    def forced(inputs: Tensors, shape: Shape) -> Tensors:
+        with force_scan(chunked):
+            return run(inputs, shape)
+
+    return forced
+
+
 def _training(implementation: Implementation) -> Implementation:
     run = with_gradients(implementation.run, GRADIENTS_OF)
+    if implementation.name.endswith((", plain", ", chunked")):  # backward has its choice too
+        run = _within(run, implementation.name.endswith(", chunked"))
     if implementation.name == "fla-recurrent":
         return replace(implementation, run=run, why_not=lambda shape: "has no backward")
     return replace(implementation, run=run)
@@ -272,7 +303,7 @@ def _training(implementation: Implementation) -> Implementation:
 FORWARD = Operation(
     name="delta_update forward",
     inputs=forward_inputs,
-    oracle=_ours("reference"),
+    oracle=_oracle,
     bytes_moved=forward_bytes,
     implementations=_implementations(),
     baseline="upstream-torch",
@@ -280,7 +311,7 @@ FORWARD = Operation(
 TRAINING = Operation(
     name="delta_update forward+backward",
     inputs=training_inputs,
-    oracle=with_gradients(_ours("reference"), GRADIENTS_OF),
+    oracle=with_gradients(_oracle, GRADIENTS_OF),
     bytes_moved=training_bytes,
     implementations=tuple(_training(implementation) for implementation in FORWARD.implementations),
     baseline=FORWARD.baseline,
