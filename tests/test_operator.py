@@ -399,6 +399,8 @@ def test_neighbours_do_not_matter(implementation, lengths, mode, R):
     """Each sequence alone, packed with others, and in a batch where the shorter ones are padded behind and masked:
     the same bits, values and gradients."""
     if implementation.slow:
+        if MODES.index(mode) != R % 3:
+            pytest.skip("one mode for each rank where a token costs milliseconds")
         lengths = tuple(min(n, 3 + n % 3) for n in lengths[:2])
     problem = make(lengths=lengths, H=2, R=R, mode=mode).to(device=implementation.device)
     weights = weights_of(problem)
