@@ -61,6 +61,17 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"random inputs: --seed {config.getoption('--seed')}", f"CUDA compiler: {nvcc}"]
 
 
+SHARING = ("test_triton_compile.py", "test_cuda.py", "test_backends.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what takes minutes to make: one process runs them (pytest-xdist), and begins with them."""
+    for item in items:
+        if item.path.name in SHARING:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: item.path.name not in SHARING)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" in metafunc.fixturenames:
         metafunc.parametrize("implementation", implementations(), ids=str, indirect=True)
