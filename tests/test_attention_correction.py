@@ -76,7 +76,9 @@ def test_heads_and_ranks(implementation, form, H, R):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("D", [1, 2, 15, 16, 17, 63, 64, 65, 130, 576])
 def test_widths(implementation, form, D):
-    check(make(B=1, T=3, D=D, device=implementation.device, **FORMS[form]), implementation)
+    # One number over its own norm is all but its sign: in its gradient nearly everything cancels.
+    tolerance = FLOAT32_TOLERANCE if D > 1 else 1e-3
+    check(make(B=1, T=3, D=D, device=implementation.device, **FORMS[form]), implementation, tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
