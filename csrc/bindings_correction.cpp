@@ -16,7 +16,7 @@ void for_range(int64_t n, int64_t grain, const void* body, void (*call)(const vo
 Tensor correct(const Tensor& base, const Tensor& reads, const Tensor& weight, const MaybeTensor& gain,
                const MaybeTensor& norm_weight, const MaybeTensor& cos, const MaybeTensor& sin, double scale,
                double norm_eps, int64_t head_dim, const MaybeTensor& given) {
-  Correction c = correction(base, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
+  Correction c = correction_of(base, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
   Tensor out = given ? *given : at::empty(base.sizes(), base.options());
   c.out = rows(out, base.dim() - 1);
   if (base.numel()) {
@@ -34,7 +34,7 @@ std::vector<MaybeTensor> correct_backward(const Tensor& d_out, const MaybeTensor
                                           const MaybeTensor& sin, double scale, double norm_eps, int64_t head_dim,
                                           const std::vector<bool>& needs) {
   const Correction c =
-      correction(d_out, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
+      correction_of(d_out, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
   const MaybeTensor wanted[5] = {d_out, reads, weight, gain, norm_weight};
   std::vector<MaybeTensor> grads(5);
   for (int i = 0; i < 5; ++i)

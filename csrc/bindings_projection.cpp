@@ -23,9 +23,9 @@ struct Weight {
   }
 };
 
-Projected project(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
-                  const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
-  Projection p = projection(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize);
+Projected projection(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
+                     const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
+  Projection p = projection_of(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize);
   const at::ScalarType type = p.double_precision ? at::kDouble : at::kFloat;
   const at::ScalarType shared = qkv_weight.scalar_type();
   const bool one_type =
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> segment_means(const Tensor& x, const Tensor& segment_
 }  // namespace
 
 void bind_projection(py::module_& m) {
-  m.def("memory_projection", &project);
+  m.def("memory_projection", &projection);
   m.def("segment_mean", &segment_means);
 }
 

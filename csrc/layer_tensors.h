@@ -10,8 +10,9 @@ namespace deltamem {
 namespace {
 
 // memory_projection of operands as they are; what it results in is not there yet.
-Projection projection(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
-                      const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
+Projection projection_of(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight,
+                         const MaybeTensor& beta_bias, const MaybeTensor& decay_weight, const MaybeTensor& decay_bias,
+                         int64_t heads, bool normalize) {
   Projection p{};
   const bool tokens = x.dim() == 3;
   p.B = tokens ? x.size(0) : 1, p.T = x.size(-2), p.D = x.size(-1);
@@ -34,8 +35,9 @@ Projected projected(Projection& p, const Tensor& x) {
   const bool tokens = x.dim() == 3;
   const auto options = x.options().dtype(p.double_precision ? at::kDouble : at::kFloat);
   const auto rows = [&](int64_t numbers) {  // [B, T, H, R], or [B, T, H], as `numbers` says
-    return numbers == p.H * p.R ? tokens ? at::empty({p.B, p.T, p.H, p.R}, options) : at::empty({p.T, p.H, p.R}, options)
-                                : tokens ? at::empty({p.B, p.T, p.H}, options) : at::empty({p.T, p.H}, options);
+    return numbers == p.H * p.R
+               ? tokens ? at::empty({p.B, p.T, p.H, p.R}, options) : at::empty({p.T, p.H, p.R}, options)
+               : tokens ? at::empty({p.B, p.T, p.H}, options) : at::empty({p.T, p.H}, options);
   };
   Tensor q = rows(p.H * p.R), k = rows(p.H * p.R), v = rows(p.H * p.R), beta = rows(p.gates[0].rows);
   Tensor decay = p.gates[1].rows ? rows(p.gates[1].rows) : at::empty({0}, options);
@@ -60,9 +62,10 @@ Operand rows(const MaybeTensor& x, int64_t leading, bool heads = false) {
   return x ? rows(*x, leading, heads) : Operand{};
 }
 
-Correction correction(const Tensor& like, const MaybeTensor& base, const Tensor& reads, const Tensor& weight,
-                      const MaybeTensor& gain, const MaybeTensor& norm_weight, const MaybeTensor& cos,
-                      const MaybeTensor& sin, double scale, double norm_eps, int64_t head_dim) {
+// The correction of rows like `like`; where the result goes is not said yet.
+Correction correction_of(const Tensor& like, const MaybeTensor& base, const Tensor& reads, const Tensor& weight,
+                         const MaybeTensor& gain, const MaybeTensor& norm_weight, const MaybeTensor& cos,
+                         const MaybeTensor& sin, double scale, double norm_eps, int64_t head_dim) {
   Correction c{};
   const int64_t leading = like.dim() - 1;
   const bool heads = reads.dim() == like.dim() + 1;

@@ -17,7 +17,8 @@ void projection(const OfTokens& of) {
   const DType type = of.weights == DType::f64 ? DType::f64 : DType::f32;
   const Array x(of.x, tokens * of.D, -1, 1);
   // q, k, v, beta, decay
-  const int64_t rows[] = {all, all, all, of.beta_rows, of.decay_rows}, of_weight[] = {3 * all, of.beta_rows, of.decay_rows};
+  const int64_t rows[] = {all, all, all, of.beta_rows, of.decay_rows};
+  const int64_t of_weight[] = {3 * all, of.beta_rows, of.decay_rows};
   Array weights[3], biases[3], results[5], norms(type, of.normalize ? 2 * tokens * of.H : 0);
   for (int i = 0; i < 3; ++i) {
     weights[i] = Array(of.weights, of_weight[i] * of.D, -1, 1);

@@ -11,7 +11,7 @@ namespace {
 Projected project(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
                   const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
   const Guard guard(x.device());
-  Projection p = projection(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize);
+  Projection p = projection_of(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize);
   const Projected results = projected(p, x);
   py::gil_scoped_release release;
   check_launch(cuda::project(p, current_stream()));
@@ -22,7 +22,7 @@ Tensor correct(const Tensor& base, const Tensor& reads, const Tensor& weight, co
                const MaybeTensor& norm_weight, const MaybeTensor& cos, const MaybeTensor& sin, double scale,
                double norm_eps, int64_t head_dim, const MaybeTensor& given) {
   const Guard guard(base.device());
-  Correction c = correction(base, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
+  Correction c = correction_of(base, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
   Tensor out = given ? *given : at::empty(base.sizes(), base.options());
   c.out = rows(out, base.dim() - 1);
   py::gil_scoped_release release;

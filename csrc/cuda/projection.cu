@@ -1,4 +1,4 @@
-// memory_projection forward. A block has a few tokens; its warps share the heads of q, k, v and the gates, and the lanes of
+// memory_projection forward. A block has a few tokens; its warps share the heads of q, k, v and the gates, the lanes of
 // a warp the columns of x and W. A dot product has the same bits whatever tokens and rows of W stand beside it.
 #include "tile.h"
 
@@ -38,9 +38,10 @@ struct HeadRows {
 
 DELTAMEM_DEVICE HeadRows head_rows(const Projection& p, int64_t unit) {
   const int64_t part = unit / p.H;
-  if (part < 3)
-    return {p.qkv_weight, {},  unit * p.R, p.R, unit % p.H * p.R, p.H * p.R, part == 0 ? p.q : part == 1 ? p.k : p.v,
-            p.normalize && part < 2, false};
+  if (part < 3) {
+    void* const out = part == 0 ? p.q : part == 1 ? p.k : p.v;
+    return {p.qkv_weight, {}, unit * p.R, p.R, unit % p.H * p.R, p.H * p.R, out, p.normalize && part < 2, false};
+  }
   const int64_t of_beta = (p.gates[0].rows + p.R - 1) / p.R, index = unit - 3 * p.H;
   const bool beta = index < of_beta;
   const Gate& gate = p.gates[beta ? 0 : 1];
