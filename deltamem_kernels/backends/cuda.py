@@ -11,7 +11,6 @@ from types import ModuleType
 import torch
 
 from . import extension
-
 from .reference import correct_backward, memory_projection_backward, segment_mean_backward, segment_mean_forward
 
 __all__ = [
