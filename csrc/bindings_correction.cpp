@@ -4,40 +4,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include "layer_tensors.h"
+
 namespace deltamem {
 namespace {
-
-// Strides of batch row, token, head and number; those of a row's numbers are the last of x. A dimension of one number
-// has the stride 0: it is the same for all.
-Operand rows(const Tensor& x, int64_t leading, bool heads = false) {
-  Operand o{x.data_ptr(), dtype(x), {}};
-  for (int64_t i = 0; i < leading; ++i) o.stride[i] = x.size(i) == 1 ? 0 : x.stride(i);
-  if (heads) o.stride[2] = x.stride(-2);
-  if (x.dim() > 0) o.stride[3] = x.stride(-1);
-  return o;
-}
-Operand rows(const MaybeTensor& x, int64_t leading, bool heads = false) {
-  return x ? rows(*x, leading, heads) : Operand{};
-}
-
-Correction correction(const Tensor& like, const MaybeTensor& base, const Tensor& reads, const Tensor& weight,
-                      const MaybeTensor& gain, const MaybeTensor& norm_weight, const MaybeTensor& cos,
-                      const MaybeTensor& sin, double scale, double norm_eps, int64_t head_dim) {
-  Correction c{};
-  const int64_t leading = like.dim() - 1;
-  const bool heads = reads.dim() == like.dim() + 1;
-  c.B = like.size(0), c.T = leading == 2 ? like.size(1) : 1, c.D = like.size(-1), c.K = weight.size(1);
-  c.H = heads ? reads.size(-2) : 1, c.R = reads.size(-1);
-  c.scale = scale, c.norm_eps = norm_eps, c.head_dim = head_dim;
-  c.base = rows(base, leading), c.reads = rows(reads, leading, heads), c.weight = rows(weight, 0, true);
-  c.weight.stride[1] = c.weight.stride[3];  // columns as tokens: a row from any column on
-  c.gain = rows(gain, 0), c.norm_weight = rows(norm_weight, 0);
-  c.cos = rows(cos, leading), c.sin = rows(sin, leading);
-  Operand like_rows = rows(like, leading);
-  for (Operand* x : {&like_rows, &c.reads, &c.weight, &c.gain, &c.norm_weight, &c.cos, &c.sin})
-    c.double_precision = c.double_precision || x->dtype == DType::f64;
-  return c;
-}
 
 void for_range(int64_t n, int64_t grain, const void* body, void (*call)(const void*, int64_t, int64_t)) {
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { call(body, begin, end); });
@@ -46,7 +16,7 @@ void for_range(int64_t n, int64_t grain, const void* body, void (*call)(const vo
 Tensor correct(const Tensor& base, const Tensor& reads, const Tensor& weight, const MaybeTensor& gain,
                const MaybeTensor& norm_weight, const MaybeTensor& cos, const MaybeTensor& sin, double scale,
                double norm_eps, int64_t head_dim, const MaybeTensor& given) {
-  Correction c = correction(base, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
+  Correction c = correction_of(base, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
   Tensor out = given ? *given : at::empty(base.sizes(), base.options());
   c.out = rows(out, base.dim() - 1);
   if (base.numel()) {
@@ -64,7 +34,7 @@ std::vector<MaybeTensor> correct_backward(const Tensor& d_out, const MaybeTensor
                                           const MaybeTensor& sin, double scale, double norm_eps, int64_t head_dim,
                                           const std::vector<bool>& needs) {
   const Correction c =
-      correction(d_out, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
+      correction_of(d_out, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
   const MaybeTensor wanted[5] = {d_out, reads, weight, gain, norm_weight};
   std::vector<MaybeTensor> grads(5);
   for (int i = 0; i < 5; ++i)

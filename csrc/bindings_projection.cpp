@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "layer_tensors.h"
 
 namespace py = pybind11;
 using at::Tensor;
@@ -18,51 +19,22 @@ struct Weight {
   Weight(const Tensor& x, at::ScalarType type) : held(x) {
     if (x.scalar_type() != type) held = x.to(type);
     if (x.dim() > 1 && x.stride(-1) != 1) held = held.contiguous();
-    operand = {held.data_ptr(), dtype(held), {}};
-    for (int64_t i = 0; i < held.dim(); ++i) operand.stride[i] = held.stride(i);
+    operand = deltamem::operand(held);
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection(
-    const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
-    const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
-  const bool tokens = x.dim() == 3;
-  Projection p{};
-  p.B = tokens ? x.size(0) : 1, p.T = x.size(-2), p.D = x.size(-1);
-  p.H = heads, p.R = qkv_weight.size(0) / (3 * heads), p.normalize = normalize;
-  const auto is = [](const MaybeTensor& w, at::ScalarType type) { return w && w->scalar_type() == type; };
-  for (const MaybeTensor& w : {MaybeTensor(x), MaybeTensor(qkv_weight), MaybeTensor(beta_weight), beta_bias,
-                               decay_weight, decay_bias})
-    p.double_precision = p.double_precision || is(w, at::kDouble);
+Projected projection(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
+                     const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
+  Projection p = projection_of(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize);
   const at::ScalarType type = p.double_precision ? at::kDouble : at::kFloat;
   const at::ScalarType shared = qkv_weight.scalar_type();
-  const bool one_type = is(beta_weight, shared) && (!decay_weight || is(decay_weight, shared));
+  const bool one_type =
+      beta_weight.scalar_type() == shared && (!decay_weight || decay_weight->scalar_type() == shared);
   const at::ScalarType of_weights = one_type && !p.double_precision ? shared : type;
-
   const Weight qkv(qkv_weight, of_weights), beta(beta_weight, of_weights);
-  const Weight decay = decay_weight ? Weight(*decay_weight, of_weights) : Weight(beta.held, of_weights);
-  const auto bias = [](const MaybeTensor& b) {
-    return b ? Operand{b->data_ptr(), dtype(*b), {b->stride(0)}} : Operand{};
-  };
-  const int64_t s = tokens ? 0 : 1;
-  p.x = {x.data_ptr(), dtype(x), {}};
-  for (int64_t i = 0; i < x.dim(); ++i) p.x.stride[i + s] = x.stride(i);
-  p.qkv_weight = qkv.operand;
-  p.gates[0] = {beta.operand, bias(beta_bias), beta_weight.size(0), nullptr};
-  p.gates[1] = {decay.operand, bias(decay_bias), decay_weight ? decay_weight->size(0) : 0, nullptr};
-
-  const auto options = x.options().dtype(type);
-  const auto rows = [&](int64_t numbers) {  // [B, T, H, R], or [B, T, H], as `numbers` says
-    return numbers == p.H * p.R ? tokens ? at::empty({p.B, p.T, p.H, p.R}, options) : at::empty({p.T, p.H, p.R}, options)
-                                : tokens ? at::empty({p.B, p.T, p.H}, options) : at::empty({p.T, p.H}, options);
-  };
-  Tensor q = rows(p.H * p.R), k = rows(p.H * p.R), v = rows(p.H * p.R), betas = rows(p.gates[0].rows);
-  Tensor decays = decay_weight ? rows(p.gates[1].rows) : at::empty({0}, options);
-  Tensor norms = !normalize ? at::empty({0}, options)
-                 : tokens   ? at::empty({2, p.B, p.T, p.H}, options)
-                            : at::empty({2, p.T, p.H}, options);
-  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.norms = norms.data_ptr();
-  p.gates[0].out = betas.data_ptr(), p.gates[1].out = decays.data_ptr();
+  const Weight decay(decay_weight ? *decay_weight : beta.held, of_weights);
+  p.qkv_weight = qkv.operand, p.gates[0].weight = beta.operand, p.gates[1].weight = decay.operand;
+  const Projected results = projected(p, x);
   if (p.B * p.T) {
     py::gil_scoped_release release;
     const int64_t group = kernels()->group, groups = (p.B * p.T + group - 1) / group;
@@ -70,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection(
     at::parallel_for(0, groups, std::max<int64_t>(1, 600000 / work),
                      [&](int64_t begin, int64_t end) { kernels()->project(p, begin, end); });
   }
-  return {q, k, v, betas, decays, norms};
+  return results;
 }
 
 std::tuple<Tensor, Tensor> segment_means(const Tensor& x, const Tensor& segment_ids, int64_t num_segments,

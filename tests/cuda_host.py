@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch.utils import cpp_extension
 
-from deltamem_kernels.backends import build, extension
+from deltamem_kernels.backends import build, cuda, extension
 
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-DDELTAMEM_CUDA_HOST", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
@@ -54,9 +54,14 @@ def wrapped(folder: Path) -> list[str]:
 def installed(chunked_from: int = 0) -> Iterator[None]:
     """As the backend "cuda" of CPU tensors. Sequences of chunked_from tokens run in chunks; 0 for the usual choice."""
     found = library()
-    module = SimpleNamespace(
-        delta_update_forward=found.forward, delta_update_backward=found.backward, delta_step=found.step
-    )
+    kernels = {
+        "delta_update_forward": found.forward,
+        "delta_update_backward": found.backward,
+        "delta_step": found.step,
+        "correct": found.correct,
+        "memory_projection_forward": found.memory_projection,
+    }
+    module = SimpleNamespace(**{name: getattr(cuda, name) for name in cuda.__all__} | kernels)
     package = importlib.import_module("deltamem_kernels.backends")
     key = ("cuda", torch.device("cpu"))
     found.set_chunked_from(chunked_from)

@@ -161,12 +161,12 @@ def test_slots_outside_of_the_pool_are_pads():
 # Sanitizers, on a program of its own
 
 SANITIZERS = {"address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], "thread": ["-fsanitize=thread"]}
-CHECK = Path(__file__).with_name("cuda_host_check.cpp")
+CHECKS = [Path(__file__).with_name(name) for name in ("cuda_host_check.cpp", "cuda_host_check_layer.cpp")]
 KERNELS = [source for source in build.CUDA_SOURCES if source.endswith(".cu")]
 
 
 class Program:
-    """cuda_host_check.cpp with the kernels of `sources`, built with a sanitizer."""
+    """cuda_host_check*.cpp with the kernels of `sources`, built with a sanitizer."""
 
     def __init__(self, folder: Path, sources: Path, flags: list[str]) -> None:
         self.folder, self.sources = folder, sources
@@ -175,7 +175,7 @@ class Program:
 
     def build(self) -> Program:
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(self.compile, [CHECK, *(self.sources / source for source in KERNELS)]))
+            list(pool.map(self.compile, [*CHECKS, *(self.sources / source for source in KERNELS)]))
         return self
 
     def compile(self, source: Path) -> None:
@@ -250,7 +250,7 @@ RESOURCES = re.compile(
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[tuple[str, int, bool, int, int, int]]:
-    """Kernel, rank, whether it is float32, architecture, bytes spilled, registers: of every kernel."""
+    """Kernel, rank (0: any), whether it is float32, architecture, bytes spilled, registers: of every kernel."""
     nvcc = build.nvcc()
     if nvcc is None:
         pytest.skip("no nvcc here: the CUDA kernels were not compiled for any GPU")
@@ -273,18 +273,18 @@ def compiled(tmp_path_factory) -> list[tuple[str, int, bool, int, int, int]]:
         said = "\n".join(pool.map(compile_one, tasks))
     rows = []
     for name, arch, _, stores, loads, registers in RESOURCES.findall(said):
-        kernel = re.search(r"(forward|backward|step|maps|fold)_kernel", name).group(1)
-        number, rank = re.search(r"_kernelI([fd]?)Li(\d+)E", name).groups()
-        rows.append((kernel, int(rank), number != "d", int(arch), int(stores) + int(loads), int(registers)))
+        kernel = re.search(r"(forward|backward|step|maps|fold|project|correct)_kernel", name).group(1)
+        number, rank = re.search(r"_kernelI([fd]?)(?:Li(\d+))?E", name).groups()
+        rows.append((kernel, int(rank or 0), number != "d", int(arch), int(stores) + int(loads), int(registers)))
     return rows
 
 
 @pytest.mark.parametrize("arch", build.CUDA_ARCHS)
 def test_no_spills(compiled, arch):
     """At the ranks that the architecture of δ-mem uses, nothing that belongs into a register is anywhere else."""
-    usual = [row for row in compiled if row[1] in (4, 8, 16) and row[2] and row[3] == int(arch)]
-    kernels = ("forward", "backward", "step", "maps", "maps", "fold", "fold")
-    assert sorted(row[0] for row in usual) == sorted(3 * kernels)
+    usual = [row for row in compiled if row[1] in (0, 4, 8, 16) and row[2] and row[3] == int(arch)]
+    by_rank = ("forward", "backward", "step", "maps", "maps", "fold", "fold")
+    assert sorted(row[0] for row in usual) == sorted((*(3 * by_rank), "project", "correct"))
     for row in usual:
         print(row)
     assert not [row for row in usual if row[4] > 0]
@@ -293,5 +293,6 @@ def test_no_spills(compiled, arch):
 def test_every_kernel_is_compiled(compiled):
     scans = {(kernel, rank, True) for kernel in ("forward", "backward", "step") for rank in (4, 8, 16, 32, 64, 128)}
     scans |= {(kernel, rank, False) for kernel in ("forward", "backward", "step") for rank in (32, 128)}
+    layer = {(kernel, 0, single) for kernel in ("project", "correct") for single in (True, False)}
     for arch in build.CUDA_ARCHS:
-        assert scans <= {row[:3] for row in compiled if row[3] == int(arch)}
+        assert scans | layer <= {row[:3] for row in compiled if row[3] == int(arch)}

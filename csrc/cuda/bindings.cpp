@@ -1,32 +1,10 @@
 // torch's tensors for the CUDA kernels, on torch's current stream. Values on the GPU are not looked at.
-#ifdef DELTAMEM_CUDA_HOST  // the kernels on threads, for tests: tensors are the CPU's
-#include "../tensors.h"
-#else
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
-#include "../tensors.h"
-#endif
-
 #include <ATen/ops/zeros.h>
 
-#include "kernels.h"
+#include "bindings.h"
 
 namespace deltamem {
 namespace {
-
-#ifdef DELTAMEM_CUDA_HOST
-struct Guard {
-  explicit Guard(c10::Device) {}
-};
-Stream current_stream() { return nullptr; }
-void check_launch(int) {}
-#else
-typedef c10::cuda::CUDAGuard Guard;
-Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
-void check_launch(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
-#endif
 
 // With cu_seqlens as int64, which has to outlive the call.
 Problem packed_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta, const MaybeTensor& decay,
@@ -119,6 +97,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forward", &deltamem::forward);
   m.def("backward", &deltamem::backward);
   m.def("step", &deltamem::step);
+  deltamem::bind_layer(m);
   m.def("set_chunked_from", &deltamem::cuda::set_chunked_from,
         "Sequences of so many tokens run in chunks from now on; 0 for the choice by rank.");
 }

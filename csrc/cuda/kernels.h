@@ -1,7 +1,7 @@
 // The operations on a GPU, as the host calls them: no torch here, and no word of CUDA but the stream.
 #pragma once
 
-#include "../problem.h"
+#include "../layer.h"
 
 namespace deltamem {
 
@@ -41,6 +41,8 @@ int forward(const Problem& p, const ForwardOutput& out, void* workspace, Stream 
 int backward(const Problem& p, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
              const BackwardOutput& out, void* workspace, Stream stream);
 int step(const Problem& p, const PoolStep& s, Stream stream);
+int project(const Projection& p, Stream stream);
+int correct(const Correction& c, Stream stream);
 
 }  // namespace cuda
 }  // namespace deltamem

@@ -139,6 +139,15 @@ DELTAMEM_DEVICE void with_operands_dtype(const Problem& p, const Plan& plan, F&&
     });
   }
 }
+template <class T, class F>
+DELTAMEM_DEVICE void with_operand_dtype(const Operand& x, F&& f) {
+  if constexpr (sizeof(T) == 8)
+    f(Any{});  // double precision is not worth the compiler's time
+  else
+    with_dtype(x.dtype, [&](auto dtype) {
+      if constexpr (sizeof(dtype) < 8) f(dtype);
+    });
+}
 template <class T>
 DELTAMEM_DEVICE void store(T x, const Operand& out, int64_t at) {
   with_dtype(out.dtype, [&](auto dtype) { put_number(x, static_cast<decltype(dtype)*>(out.data)[at]); });

@@ -16,7 +16,11 @@ SOURCES = (
     *("bindings.cpp", "bindings_correction.cpp", "bindings_projection.cpp"),
     *("cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp"),
 )
-CUDA_SOURCES = ("cuda/bindings.cpp", "cuda/forward.cu", "cuda/backward.cu", "cuda/step.cu", "cuda/chunked.cu")
+CUDA_SOURCES = (
+    *("cuda/bindings.cpp", "cuda/bindings_layer.cpp"),
+    *("cuda/forward.cu", "cuda/backward.cu", "cuda/step.cu", "cuda/chunked.cu"),
+    *("cuda/projection.cu", "cuda/correction.cu"),
+)
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 
 

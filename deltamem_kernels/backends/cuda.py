@@ -1,4 +1,8 @@
-"""`cuda`, the backend for NVIDIA GPUs that needs no Triton: csrc/cuda/, a state row in each thread's registers."""
+"""`cuda`, the backend for NVIDIA GPUs that needs no Triton: csrc/cuda/, a state row in each thread's registers.
+
+Segment means and the backward passes of the projection and the correction have no kernels here: they are the
+reference's, plain PyTorch on the GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +11,19 @@ from types import ModuleType
 import torch
 
 from . import extension
+from .reference import correct_backward, memory_projection_backward, segment_mean_backward, segment_mean_forward
 
-# What has no kernel here runs as plain PyTorch on the GPU.
-from .reference import (
-    correct as correct,
-)
-from .reference import (
-    correct_backward as correct_backward,
-)
-from .reference import (
-    memory_projection_backward as memory_projection_backward,
-)
-from .reference import (
-    memory_projection_forward as memory_projection_forward,
-)
-from .reference import (
-    segment_mean_backward as segment_mean_backward,
-)
-from .reference import (
-    segment_mean_forward as segment_mean_forward,
-)
+__all__ = [
+    "correct",
+    "correct_backward",
+    "delta_step",
+    "delta_update_backward",
+    "delta_update_forward",
+    "memory_projection_backward",
+    "memory_projection_forward",
+    "segment_mean_backward",
+    "segment_mean_forward",
+]
 
 MINIMUM_CAPABILITY = (8, 0)
 
@@ -68,3 +65,13 @@ def delta_update_backward(*operands):
 def delta_step(*operands):
     """See `reference.delta_step`. A slot outside of the pool is treated as the pad: values are not looked at."""
     extension._library("cuda").step(*operands)
+
+
+def correct(*operands):
+    """See `reference.correct`."""
+    return extension._library("cuda").correct(*operands)
+
+
+def memory_projection_forward(*operands):
+    """See `reference.memory_projection_forward`."""
+    return extension._library("cuda").memory_projection(*operands)
