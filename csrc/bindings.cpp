@@ -178,6 +178,8 @@ int64_t checked_slot(int64_t s, int64_t pad, int64_t slots) {
   return s;
 }
 
+}  // namespace
+
 void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
           const MaybeTensor& decay, const MaybeTensor& state_indices, const MaybeTensor& num_accepted_tokens,
           const MaybeTensor& intermediate_states, const Tensor& out, const std::string& mode, int64_t pad_slot_id,
@@ -214,7 +216,6 @@ void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v
                    [&](int64_t begin, int64_t end) { kernels()->step(p, s, begin, end); });
 }
 
-}  // namespace
 }  // namespace deltamem
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -222,6 +223,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("backward", &deltamem::backward);
   m.def("step", &deltamem::step);
   deltamem::bind_correction(m);
+  deltamem::bind_layer(m);
   deltamem::bind_projection(m);
   m.def("isas", &deltamem::isas, "The instruction sets this processor has, the best first.");
   m.def("use_isa", &deltamem::use_isa, "Run the kernels of this instruction set from now on.");

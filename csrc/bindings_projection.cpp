@@ -23,6 +23,8 @@ struct Weight {
   }
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection(
     const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
     const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
@@ -72,6 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection(
   }
   return {q, k, v, betas, decays, norms};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> segment_means(const Tensor& x, const Tensor& segment_ids, int64_t num_segments,
                                          const MaybeTensor& mask) {

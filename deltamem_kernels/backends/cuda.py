@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 import torch
 
-from . import extension
+from . import composed, extension
 
 # What has no kernel here runs as plain PyTorch on the GPU.
 from .reference import (
@@ -68,3 +69,8 @@ def delta_update_backward(*operands):
 def delta_step(*operands):
     """See `reference.delta_step`. A slot outside of the pool is treated as the pad: values are not looked at."""
     extension._library("cuda").step(*operands)
+
+
+def memory_decode(*operands):
+    """See `composed.memory_decode`."""
+    return composed.memory_decode(sys.modules[__name__], *operands)

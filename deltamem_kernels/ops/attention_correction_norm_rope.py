@@ -54,15 +54,24 @@ def attention_correction_norm_rope(
         RuntimeError: out is a leaf that requires grad, or a view of one, and gradients are recorded.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
+    check_head_dim(head_dim)
+    check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim)
+    check_heads(base, head_dim, cos, sin, out)
+    return run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, out, backend)
+
+
+def check_head_dim(head_dim) -> None:
     if isinstance(head_dim, bool) or not isinstance(head_dim, int):
         fail(TypeError, "head_dim", "an integer", head_dim)
-    check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim)
+
+
+def check_heads(base: Tensor, head_dim: int, cos, sin, out) -> None:
+    """head_dim, an integer, and the tables."""
     if head_dim < 1 or base.shape[-1] % head_dim:
         raise ValueError(f"head_dim must divide base's last dimension {base.shape[-1]}, got {head_dim}")
     _check_rotary(base, head_dim, cos, sin)
     if out is not None:
         check_writable("out", out, ("cos", "sin"), (cos, sin))
-    return run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, out, backend)
 
 
 def _check_rotary(base: Tensor, head_dim: int, cos, sin) -> None:
