@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch.utils import cpp_extension
 
-from deltamem_kernels.backends import build, extension
+from deltamem_kernels.backends import build, composed, extension
 
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-DDELTAMEM_CUDA_HOST", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
@@ -54,9 +54,15 @@ def wrapped(folder: Path) -> list[str]:
 def installed(chunked_from: int = 0) -> Iterator[None]:
     """As the backend "cuda" of CPU tensors. Sequences of chunked_from tokens run in chunks; 0 for the usual choice."""
     found = library()
-    module = SimpleNamespace(
-        delta_update_forward=found.forward, delta_update_backward=found.backward, delta_step=found.step
-    )
+    cuda = importlib.import_module("deltamem_kernels.backends.cuda")
+    functions = {name: x for name, x in vars(cuda).items() if callable(x)}  # what has no kernel there has none here
+    functions |= {
+        "delta_update_forward": found.forward,
+        "delta_update_backward": found.backward,
+        "delta_step": found.step,
+        "memory_decode": lambda *operands: composed.memory_decode(module, *operands),
+    }
+    module = SimpleNamespace(**functions)
     package = importlib.import_module("deltamem_kernels.backends")
     key = ("cuda", torch.device("cpu"))
     found.set_chunked_from(chunked_from)

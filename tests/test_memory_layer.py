@@ -133,9 +133,12 @@ def test_decode_of_a_row_does_not_depend_on_the_others(implementation):
     all_rows = memory_decode(together, **call, backend=implementation.backend)
     one = {name: x[7:8] if name in ("x", "base", "cos", "sin") else x for name, x in call.items()}
     row = memory_decode(alone, **one, backend=implementation.backend)
-    assert torch.equal(all_rows.reads[7:8], row.reads)
-    assert torch.equal(all_rows.corrected[7:8], row.corrected)
-    assert torch.equal(together[7:8], alone)
+    pairs = ((all_rows.reads[7:8], row.reads), (all_rows.corrected[7:8], row.corrected), (together[7:8], alone))
+    for among_others, by_itself in pairs:
+        if implementation.backend in ("cpu", "triton"):
+            assert torch.equal(among_others, by_itself)
+        else:  # PyTorch's matrix product adds up in another order where there are more rows
+            assert error(among_others, by_itself.double()) <= FLOAT32_TOLERANCE
 
 
 def test_decode_of_nothing(implementation):

@@ -75,7 +75,8 @@ def memory_decode(
         backend: as in `delta_update`.
 
     Returns:
-        MemoryDecode: reads and corrected. A row does not depend on the others.
+        MemoryDecode: reads and corrected. On `cpu` and `triton` a row has the same bits whatever the others are; where
+        PyTorch's matrix product runs, the last bit may depend on their number.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, before anything runs. On the CPU also a slot outside of
