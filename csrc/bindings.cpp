@@ -180,12 +180,8 @@ int64_t checked_slot(int64_t s, int64_t pad, int64_t slots) {
 
 }  // namespace
 
-void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
-          const MaybeTensor& decay, const MaybeTensor& state_indices, const MaybeTensor& num_accepted_tokens,
-          const MaybeTensor& intermediate_states, const Tensor& out, const std::string& mode, int64_t pad_slot_id,
-          bool update_state) {
-  const Inputs in = inputs(q, k, v, beta, decay, {}, {}, {}, {}, mode);
-  Problem p = in.problem;
+void run_step(Problem p, const Tensor& state, const MaybeTensor& state_indices, const MaybeTensor& num_accepted_tokens,
+              const MaybeTensor& intermediate_states, const Operand& reads, int64_t pad_slot_id, bool update_state) {
   p.double_precision = p.double_precision || state.scalar_type() == at::kDouble;
   // One vector: the slots to start from, then those to write to.
   std::vector<int64_t> slots(p.N * (1 + p.T), kNoSlot);
@@ -208,7 +204,7 @@ void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v
     for (int64_t t = 0; update_state && t < p.T; ++t)
       to[n * p.T + t] = checked_slot(indices.at(n, t), pad_slot_id, pool);
   }
-  const Step s{operand(state), intermediate(intermediate_states), operand(out, q.dim() == 4), from, to,
+  const Step s{operand(state), intermediate(intermediate_states), reads, from, to,
                intermediate_states ? intermediate_states->stride(0) : 0};
   py::gil_scoped_release release;
   if (p.N == 0 || p.T == 0 || p.H == 0) return;
@@ -216,6 +212,17 @@ void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v
                    [&](int64_t begin, int64_t end) { kernels()->step(p, s, begin, end); });
 }
 
+namespace {
+
+void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+          const MaybeTensor& decay, const MaybeTensor& state_indices, const MaybeTensor& num_accepted_tokens,
+          const MaybeTensor& intermediate_states, const Tensor& out, const std::string& mode, int64_t pad_slot_id,
+          bool update_state) {
+  run_step(problem(q, k, v, beta, decay, {}, {}, {}, mode), state, state_indices, num_accepted_tokens,
+           intermediate_states, operand(out, q.dim() == 4), pad_slot_id, update_state);
+}
+
+}  // namespace
 }  // namespace deltamem
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

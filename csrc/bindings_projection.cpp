@@ -25,9 +25,9 @@ struct Weight {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection(
-    const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
-    const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
+Projection projection_of(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight,
+                         const MaybeTensor& beta_bias, const MaybeTensor& decay_weight, const MaybeTensor& decay_bias,
+                         int64_t heads, bool normalize, Tensor (&held)[3]) {
   const bool tokens = x.dim() == 3;
   Projection p{};
   p.B = tokens ? x.size(0) : 1, p.T = x.size(-2), p.D = x.size(-1);
@@ -52,8 +52,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection(
   p.qkv_weight = qkv.operand;
   p.gates[0] = {beta.operand, bias(beta_bias), beta_weight.size(0), nullptr};
   p.gates[1] = {decay.operand, bias(decay_bias), decay_weight ? decay_weight->size(0) : 0, nullptr};
+  held[0] = qkv.held, held[1] = beta.held, held[2] = decay.held;
+  return p;
+}
 
-  const auto options = x.options().dtype(type);
+void run_projection(const Projection& p) {
+  if (!(p.B * p.T)) return;
+  py::gil_scoped_release release;
+  const int64_t group = kernels()->group, groups = (p.B * p.T + group - 1) / group;
+  const int64_t work = group * p.rows() * (p.D + 8);  // about 60 products a nanosecond
+  at::parallel_for(0, groups, std::max<int64_t>(1, 600000 / work),
+                   [&](int64_t begin, int64_t end) { kernels()->project(p, begin, end); });
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection(
+    const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
+    const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
+  Tensor held[3];
+  Projection p =
+      projection_of(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, held);
+  const bool tokens = x.dim() == 3;
+  const auto options = x.options().dtype(p.double_precision ? at::kDouble : at::kFloat);
   const auto rows = [&](int64_t numbers) {  // [B, T, H, R], or [B, T, H], as `numbers` says
     return numbers == p.H * p.R ? tokens ? at::empty({p.B, p.T, p.H, p.R}, options) : at::empty({p.T, p.H, p.R}, options)
                                 : tokens ? at::empty({p.B, p.T, p.H}, options) : at::empty({p.T, p.H}, options);
@@ -65,17 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection(
                             : at::empty({2, p.T, p.H}, options);
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.norms = norms.data_ptr();
   p.gates[0].out = betas.data_ptr(), p.gates[1].out = decays.data_ptr();
-  if (p.B * p.T) {
-    py::gil_scoped_release release;
-    const int64_t group = kernels()->group, groups = (p.B * p.T + group - 1) / group;
-    const int64_t work = group * p.rows() * (p.D + 8);  // about 60 products a nanosecond
-    at::parallel_for(0, groups, std::max<int64_t>(1, 600000 / work),
-                     [&](int64_t begin, int64_t end) { kernels()->project(p, begin, end); });
-  }
+  run_projection(p);
   return {q, k, v, betas, decays, norms};
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor> segment_means(const Tensor& x, const Tensor& segment_ids, int64_t num_segments,
                                          const MaybeTensor& mask) {

@@ -207,3 +207,11 @@ def test_names_are_chosen_by_part_or_whole() -> None:
 
 def test_paths_are_cut() -> None:
     assert machine.without_paths("--json /tmp/a/b.json --x a/b, see /usr/lib/c.so") == "--json b.json --x a/b, see c.so"
+
+
+def test_a_layer_with_the_memory_gives_what_the_frozen_one_gives(run: Callable) -> None:
+    """With corrections of zero, by prefill and by decoding."""
+    status, result = run("--op", "layer", "--impl", "frozen", "(cpu)", "--tokens", "1", "40")
+    assert status == 0
+    ran = [(row["implementation"], row["shape"]["tokens"]) for row in result["rows"] if row["status"] == "ok"]
+    assert sorted(ran) == [("frozen", 1), ("frozen", 40), ("with memory (cpu)", 1), ("with memory (cpu)", 40)]

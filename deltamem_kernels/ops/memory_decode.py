@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.arithmetic import accumulation_dtype
 from ._checks import FLOATS, INDICES, check_backend, check_float, check_mode, check_shape, describe, fail
-from ._library import define, library
+from ._library import define, library, nobody_listens
 from .attention_correction import check_options
 from .attention_correction_norm_rope import check_head_dim, check_heads
 from .memory_projection import check as check_projection
@@ -99,7 +99,8 @@ def memory_decode(
         )  # fmt: skip
     if backend is not None:
         check_backend(backend)
-    reads, corrected = torch.ops.deltamem_kernels.memory_decode(
+    decode = _decode if nobody_listens(x) else torch.ops.deltamem_kernels.memory_decode
+    reads, corrected = decode(
         state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, state_indices,
         None if out is base else base, delta_weight, gain, norm_weight, cos, sin, out, heads, normalize, mode,
         pad_slot_id, factor, float(norm_eps), of_head, backend or "",
