@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_float, check_shape, fail
-from ._memory import check_writable
+from ._checks import FLOATS, check_device, check_float, check_shape, fail
+from ._memory import check_apart
 from .attention_correction import check, run
 
 
@@ -70,8 +70,8 @@ def check_heads(base: Tensor, head_dim: int, cos, sin, out) -> None:
     if head_dim < 1 or base.shape[-1] % head_dim:
         raise ValueError(f"head_dim must divide base's last dimension {base.shape[-1]}, got {head_dim}")
     _check_rotary(base, head_dim, cos, sin)
-    if out is not None:
-        check_writable("out", out, ("cos", "sin"), (cos, sin))
+    if out is not None and cos is not None:
+        check_apart("out", out, ("cos", "sin"), (cos, sin))
 
 
 def _check_rotary(base: Tensor, head_dim: int, cos, sin) -> None:
@@ -84,9 +84,12 @@ def _check_rotary(base: Tensor, head_dim: int, cos, sin) -> None:
     wanted = "[B, T, head_dim] or [1, T, head_dim]" if base.ndim == 3 else "[N, head_dim] or [1, head_dim]"
     shapes = ((*base.shape[:-1], head_dim), (1, *base.shape[1:-1], head_dim))
     for name, x in (("cos", cos), ("sin", sin)):
-        check_float(name, x, wanted)
-        if x.shape != shapes[0]:
+        if not (isinstance(x, Tensor) and x.dtype in FLOATS and x.shape in shapes):
+            check_float(name, x, wanted)
             check_shape(name, x, shapes, wanted)
-        check_device(name, x, base.device, "base")
+        if x.layout is not torch.strided:
+            check_float(name, x, wanted)
+        if x.device != base.device:
+            check_device(name, x, base.device, "base")
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"{name} must not require grad: there is no gradient for it")
