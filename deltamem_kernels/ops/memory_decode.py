@@ -57,7 +57,7 @@ def memory_decode(
 
     One call into C++ on a CPU; on a GPU with Triton two launches, one without base. The least that has to be moved is
     the weights, read once for all rows of a small batch: at D = 576, R = 8 in float32 74 KB, 18 KB more for the
-    query's, and 0.3 KB a row for its state, read and written.
+    query's, and 0.5 KB a row for its state, read and written.
 
     Args:
         state: the pool, `[slots, H, R, R]`, updated in place; dtypes and strides as in `delta_step`.

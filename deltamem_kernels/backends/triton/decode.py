@@ -124,7 +124,7 @@ def decode_arguments(
         "NORMALIZE": normalize,
         "R": R,
         "RANK": rank,
-        "BLOCK_D": max(16, (4096 if dtype == torch.float32 else 2048) // rank),
+        "BLOCK_D": max(16, (4096 if dtype == torch.float32 and rank < 128 else 2048) // rank),
         "num_warps": 8,
         "num_stages": 1,
         "enable_fp_fusion": True,
