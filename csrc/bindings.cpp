@@ -178,12 +178,10 @@ int64_t checked_slot(int64_t s, int64_t pad, int64_t slots) {
   return s;
 }
 
-void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
-          const MaybeTensor& decay, const MaybeTensor& state_indices, const MaybeTensor& num_accepted_tokens,
-          const MaybeTensor& intermediate_states, const Tensor& out, const std::string& mode, int64_t pad_slot_id,
-          bool update_state) {
-  const Inputs in = inputs(q, k, v, beta, decay, {}, {}, {}, {}, mode);
-  Problem p = in.problem;
+}  // namespace
+
+void run_step(Problem p, const Tensor& state, const MaybeTensor& state_indices, const MaybeTensor& num_accepted_tokens,
+              const MaybeTensor& intermediate_states, const Operand& reads, int64_t pad_slot_id, bool update_state) {
   p.double_precision = p.double_precision || state.scalar_type() == at::kDouble;
   // One vector: the slots to start from, then those to write to.
   std::vector<int64_t> slots(p.N * (1 + p.T), kNoSlot);
@@ -206,12 +204,22 @@ void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v
     for (int64_t t = 0; update_state && t < p.T; ++t)
       to[n * p.T + t] = checked_slot(indices.at(n, t), pad_slot_id, pool);
   }
-  const Step s{operand(state), intermediate(intermediate_states), operand(out, q.dim() == 4), from, to,
+  const Step s{operand(state), intermediate(intermediate_states), reads, from, to,
                intermediate_states ? intermediate_states->stride(0) : 0};
   py::gil_scoped_release release;
   if (p.N == 0 || p.T == 0 || p.H == 0) return;
   at::parallel_for(0, p.N, std::max<int64_t>(1, 200000 / (p.T * p.H * p.R * (p.R + 8))),
                    [&](int64_t begin, int64_t end) { kernels()->step(p, s, begin, end); });
+}
+
+namespace {
+
+void step(const Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+          const MaybeTensor& decay, const MaybeTensor& state_indices, const MaybeTensor& num_accepted_tokens,
+          const MaybeTensor& intermediate_states, const Tensor& out, const std::string& mode, int64_t pad_slot_id,
+          bool update_state) {
+  run_step(problem(q, k, v, beta, decay, {}, {}, {}, mode), state, state_indices, num_accepted_tokens,
+           intermediate_states, operand(out, q.dim() == 4), pad_slot_id, update_state);
 }
 
 }  // namespace
@@ -222,6 +230,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("backward", &deltamem::backward);
   m.def("step", &deltamem::step);
   deltamem::bind_correction(m);
+  deltamem::bind_layer(m);
   deltamem::bind_projection(m);
   m.def("isas", &deltamem::isas, "The instruction sets this processor has, the best first.");
   m.def("use_isa", &deltamem::use_isa, "Run the kernels of this instruction set from now on.");

@@ -13,6 +13,8 @@ void for_range(int64_t n, int64_t grain, const void* body, void (*call)(const vo
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { call(body, begin, end); });
 }
 
+}  // namespace
+
 Tensor correct(const Tensor& base, const Tensor& reads, const Tensor& weight, const MaybeTensor& gain,
                const MaybeTensor& norm_weight, const MaybeTensor& cos, const MaybeTensor& sin, double scale,
                double norm_eps, int64_t head_dim, const MaybeTensor& given) {
@@ -25,6 +27,8 @@ Tensor correct(const Tensor& base, const Tensor& reads, const Tensor& weight, co
   }
   return out;
 }
+
+namespace {
 
 constexpr int64_t kRowsOfAGroup = 32, kMostGroups = 16;
 

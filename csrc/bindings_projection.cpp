@@ -23,8 +23,11 @@ struct Weight {
   }
 };
 
-Projected projection(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
-                     const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
+}  // namespace
+
+Projection held_projection(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight,
+                           const MaybeTensor& beta_bias, const MaybeTensor& decay_weight, const MaybeTensor& decay_bias,
+                           int64_t heads, bool normalize, Tensor (&held)[3]) {
   Projection p = projection_of(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize);
   const at::ScalarType type = p.double_precision ? at::kDouble : at::kFloat;
   const at::ScalarType shared = qkv_weight.scalar_type();
@@ -34,14 +37,28 @@ Projected projection(const Tensor& x, const Tensor& qkv_weight, const Tensor& be
   const Weight qkv(qkv_weight, of_weights), beta(beta_weight, of_weights);
   const Weight decay(decay_weight ? *decay_weight : beta.held, of_weights);
   p.qkv_weight = qkv.operand, p.gates[0].weight = beta.operand, p.gates[1].weight = decay.operand;
+  held[0] = qkv.held, held[1] = beta.held, held[2] = decay.held;
+  return p;
+}
+
+void run_projection(const Projection& p) {
+  if (!(p.B * p.T)) return;
+  py::gil_scoped_release release;
+  const int64_t group = kernels()->group, groups = (p.B * p.T + group - 1) / group;
+  const int64_t work = group * p.rows() * (p.D + 8);  // about 60 products a nanosecond
+  at::parallel_for(0, groups, std::max<int64_t>(1, 600000 / work),
+                   [&](int64_t begin, int64_t end) { kernels()->project(p, begin, end); });
+}
+
+namespace {
+
+Projected projection(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
+                     const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
+  Tensor held[3];
+  Projection p =
+      held_projection(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, held);
   const Projected results = projected(p, x);
-  if (p.B * p.T) {
-    py::gil_scoped_release release;
-    const int64_t group = kernels()->group, groups = (p.B * p.T + group - 1) / group;
-    const int64_t work = group * p.rows() * (p.D + 8);  // about 60 products a nanosecond
-    at::parallel_for(0, groups, std::max<int64_t>(1, 600000 / work),
-                     [&](int64_t begin, int64_t end) { kernels()->project(p, begin, end); });
-  }
+  run_projection(p);
   return results;
 }
 

@@ -6,6 +6,8 @@ from .ops.attention_correction import attention_correction
 from .ops.attention_correction_norm_rope import attention_correction_norm_rope
 from .ops.delta_step import delta_step
 from .ops.delta_update import DeltaUpdateOutput, delta_update
+from .ops.memory_decode import MemoryDecode, memory_decode
+from .ops.memory_prefill import memory_prefill
 from .ops.memory_projection import MemoryProjection, memory_projection
 from .ops.segment_mean import SegmentMean, segment_mean
 
@@ -13,6 +15,7 @@ __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
     "DeltaUpdateOutput",
+    "MemoryDecode",
     "MemoryProjection",
     "SegmentMean",
     "__version__",
@@ -21,6 +24,8 @@ __all__ = [
     "backends",
     "delta_step",
     "delta_update",
+    "memory_decode",
+    "memory_prefill",
     "memory_projection",
     "segment_mean",
 ]

@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch.utils import cpp_extension
 
-from deltamem_kernels.backends import build, cuda, extension
+from deltamem_kernels.backends import build, composed, cuda, extension
 
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-DDELTAMEM_CUDA_HOST", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
@@ -60,6 +60,7 @@ def installed(chunked_from: int = 0) -> Iterator[None]:
         "delta_step": found.step,
         "correct": found.correct,
         "memory_projection_forward": found.memory_projection,
+        "memory_decode": lambda *operands: composed.memory_decode(module, *operands),
     }
     module = SimpleNamespace(**{name: getattr(cuda, name) for name in cuda.__all__} | kernels)
     package = importlib.import_module("deltamem_kernels.backends")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltamem_kernels import delta_update, memory_projection, segment_mean
+from deltamem_kernels import delta_update, memory_decode, memory_projection, segment_mean
 from deltamem_kernels.compat import triton_affine_scan
 
 R = 8
@@ -94,3 +94,16 @@ def test_memory_projection(benchmark, gradients):
 def test_segment_mean(benchmark):
     x, ids = token(1, 1, 16), torch.zeros(1, 1, dtype=torch.int64)
     assert torch.equal(benchmark(lambda: segment_mean(x, ids, 1)).means, x)
+
+
+@pytest.mark.benchmark(group="overhead of a call")
+@pytest.mark.parametrize("corrected", [False, True])
+def test_memory_decode(benchmark, corrected):
+    """SmolLM2-135M's sizes: all of a step up to the query, with its rotary."""
+    pool, x, weights = token(4, 1, R, R), token(1, 576), [token(n, 576) for n in (3 * R, R)]
+    options = {"base": x, "delta_weight": token(576, R), "out": token(1, 576)}
+    options |= {"head_dim": 64, "cos": token(1, 64), "sin": token(1, 64)}
+    with torch.inference_mode():
+        step = benchmark(lambda: memory_decode(pool, x, *weights, None, **(options if corrected else {})))
+    assert step.reads.shape == (1, 1, R)
+    assert step.corrected is (options["out"] if corrected else None)

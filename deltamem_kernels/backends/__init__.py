@@ -114,14 +114,8 @@ class _UntilItFails:
         self._fragile = self._module = module
         self._device, self._others = device, others
 
-    def delta_update_forward(self, *operands):
-        return self._run("delta_update_forward", operands)
-
-    def delta_update_backward(self, *operands):
-        return self._run("delta_update_backward", operands)
-
-    def delta_step(self, *operands):
-        return self._run("delta_step", operands)
+    def __getattr__(self, function: str):
+        return lambda *operands: self._run(function, operands)
 
     def _run(self, function: str, operands: tuple):
         if self._module is self._fragile:

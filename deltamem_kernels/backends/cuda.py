@@ -6,11 +6,12 @@ reference's, plain PyTorch on the GPU.
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 import torch
 
-from . import extension
+from . import composed, extension
 from .reference import correct_backward, memory_projection_backward, segment_mean_backward, segment_mean_forward
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "delta_step",
     "delta_update_backward",
     "delta_update_forward",
+    "memory_decode",
     "memory_projection_backward",
     "memory_projection_forward",
     "segment_mean_backward",
@@ -75,3 +77,8 @@ def correct(*operands):
 def memory_projection_forward(*operands):
     """See `reference.memory_projection_forward`."""
     return extension._library("cuda").memory_projection(*operands)
+
+
+def memory_decode(*operands):
+    """See `composed.memory_decode`."""
+    return composed.memory_decode(sys.modules[__name__], *operands)

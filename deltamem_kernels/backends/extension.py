@@ -74,6 +74,11 @@ def memory_projection_forward(*operands):
     return _library("cpu").memory_projection(*operands)
 
 
+def memory_decode(*operands):
+    """See `composed.memory_decode`."""
+    return _library("cpu").memory_decode(*operands)
+
+
 def segment_mean_forward(*operands):
     """See `reference.segment_mean_forward`."""
     return _library("cpu").segment_mean(*operands)

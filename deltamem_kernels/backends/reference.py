@@ -7,11 +7,13 @@ arithmetic is float32, or float64 as soon as one operand is float64.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from . import composed
 from .arithmetic import accumulation_dtype, as_kernel
 from .reference_correction import correct, correct_backward
 from .reference_projection import (
@@ -29,6 +31,7 @@ __all__ = [
     "delta_step",
     "delta_update_backward",
     "delta_update_forward",
+    "memory_decode",
     "memory_projection_backward",
     "memory_projection_forward",
     "segment_mean_backward",
@@ -265,3 +268,8 @@ def delta_step(
                 state[per_token[t]] = S
         if update_state and per_token is None:
             state[start] = S
+
+
+def memory_decode(*operands) -> tuple[Tensor, Tensor]:
+    """See `composed.memory_decode`."""
+    return composed.memory_decode(sys.modules[__name__], *operands)

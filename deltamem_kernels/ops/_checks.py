@@ -64,7 +64,7 @@ def check_backend(backend: object) -> None:
         fail(TypeError, "backend", "the name of a backend, or None", backend)
 
 
-def check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device) -> None:
+def check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device, of: str = "q") -> None:
     """`[N + 1]` int32 or int64 on the device of q, and one row of packed tokens. The values are the kernels' affair."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in INDICES:
         fail(TypeError, "cu_seqlens", "an int32 or int64 tensor [N + 1]", cu_seqlens)
@@ -73,14 +73,14 @@ def check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device) -> No
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         fail(ValueError, "cu_seqlens", "[N + 1], the N sequences' starts and the end", cu_seqlens)
     if batch != 1:
-        raise ValueError(f"cu_seqlens needs packed sequences, B = 1, got q with B = {batch}")
-    check_device("cu_seqlens", cu_seqlens, device)
+        raise ValueError(f"cu_seqlens needs packed sequences, B = 1, got {of} with B = {batch}")
+    check_device("cu_seqlens", cu_seqlens, device, of)
 
 
-def check_mask(mask: object, shape: tuple[int, int], device: torch.device) -> None:
+def check_mask(mask: object, shape: tuple[int, int], device: torch.device, of: str = "q") -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         fail(TypeError, "mask", "a bool tensor [B, T], True where a token counts", mask)
     if mask.layout is not torch.strided:
         fail(TypeError, "mask", "a dense tensor [B, T]", mask)
     check_shape("mask", mask, (shape,), "[B, T]")
-    check_device("mask", mask, device)
+    check_device("mask", mask, device, of)

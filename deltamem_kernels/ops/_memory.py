@@ -19,6 +19,11 @@ def check_writable(name: str, out: Tensor, names: Sequence[str], operands: Seque
         for leaf, what in ((out, "a leaf"), (out._base, "a view of a leaf")):
             if leaf is not None and leaf.requires_grad and leaf.is_leaf:  # torch says so only after the kernel has run
                 raise RuntimeError(f"{name} is {what} that requires grad: it cannot be written in place")
+    check_apart(name, out, names, operands)
+
+
+def check_apart(name: str, out: Tensor, names: Sequence[str], operands: Sequence[object]) -> None:
+    """No operand lies under out."""
     if torch.compiler.is_compiling():
         return  # there is no memory to look at
     same_storage = torch._C._is_alias_of  # type: ignore[attr-defined]

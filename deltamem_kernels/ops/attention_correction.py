@@ -72,6 +72,16 @@ def check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_
     if reads.device != device or weight.device != device:
         check_device("reads", reads, device, "base")
         check_device("weight", weight, device, "base")
+    check_options(base, reads, weight, scale, norm_weight, norm_eps, out, head_dim)
+    if backend is not None:
+        check_backend(backend)
+
+
+def check_options(
+    base, reads, weight, scale, norm_weight, norm_eps, out, head_dim: int | None, weight_name: str = "weight"
+) -> None:
+    """What follows the operands, which fit; reads that are still to be computed are None."""
+    shape, device = base.shape, base.device
     if type(scale) is not float:
         _check_scale(scale, device)
     if type(norm_eps) is not float and (isinstance(norm_eps, bool) or not isinstance(norm_eps, (int, float))):
@@ -87,9 +97,7 @@ def check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_
         if out is not base:
             _check_out(out, base)
         operands = (None if out is base else base, reads, weight, scale, norm_weight)
-        check_writable("out", out, ("base", "reads", "weight", "scale", "norm_weight"), operands)
-    if backend is not None:
-        check_backend(backend)
+        check_writable("out", out, ("base", "reads", weight_name, "scale", "norm_weight"), operands)
 
 
 def _check_scale(scale, device: torch.device) -> None:

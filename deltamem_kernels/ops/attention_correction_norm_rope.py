@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_float, check_shape, fail
-from ._memory import check_writable
+from ._checks import FLOATS, check_device, check_float, check_shape, fail
+from ._memory import check_apart
 from .attention_correction import check, run
 
 
@@ -54,15 +54,24 @@ def attention_correction_norm_rope(
         RuntimeError: out is a leaf that requires grad, or a view of one, and gradients are recorded.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
+    check_head_dim(head_dim)
+    check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim)
+    check_heads(base, head_dim, cos, sin, out)
+    return run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, out, backend)
+
+
+def check_head_dim(head_dim) -> None:
     if isinstance(head_dim, bool) or not isinstance(head_dim, int):
         fail(TypeError, "head_dim", "an integer", head_dim)
-    check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim)
+
+
+def check_heads(base: Tensor, head_dim: int, cos, sin, out) -> None:
+    """head_dim, an integer, and the tables."""
     if head_dim < 1 or base.shape[-1] % head_dim:
         raise ValueError(f"head_dim must divide base's last dimension {base.shape[-1]}, got {head_dim}")
     _check_rotary(base, head_dim, cos, sin)
-    if out is not None:
-        check_writable("out", out, ("cos", "sin"), (cos, sin))
-    return run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, out, backend)
+    if out is not None and cos is not None:
+        check_apart("out", out, ("cos", "sin"), (cos, sin))
 
 
 def _check_rotary(base: Tensor, head_dim: int, cos, sin) -> None:
@@ -75,9 +84,12 @@ def _check_rotary(base: Tensor, head_dim: int, cos, sin) -> None:
     wanted = "[B, T, head_dim] or [1, T, head_dim]" if base.ndim == 3 else "[N, head_dim] or [1, head_dim]"
     shapes = ((*base.shape[:-1], head_dim), (1, *base.shape[1:-1], head_dim))
     for name, x in (("cos", cos), ("sin", sin)):
-        check_float(name, x, wanted)
-        if x.shape != shapes[0]:
+        if not (isinstance(x, Tensor) and x.dtype in FLOATS and x.shape in shapes):
+            check_float(name, x, wanted)
             check_shape(name, x, shapes, wanted)
-        check_device(name, x, base.device, "base")
+        if x.layout is not torch.strided:
+            check_float(name, x, wanted)
+        if x.device != base.device:
+            check_device(name, x, base.device, "base")
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"{name} must not require grad: there is no gradient for it")

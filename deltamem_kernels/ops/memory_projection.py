@@ -67,9 +67,14 @@ def memory_projection(
         TypeError, ValueError: an argument that does not fit, before anything runs.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
-    _check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize)
+    check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize)
     if backend is not None:
         check_backend(backend)
+    return run(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, backend)
+
+
+def run(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, backend) -> MemoryProjection:
+    """Of checked operands."""
     operands = (x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias)
     if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in operands):
         q, k, v, beta, decay = _MemoryProjection.apply(*operands, heads, normalize, backend or "")
@@ -80,7 +85,7 @@ def memory_projection(
     return MemoryProjection(q, k, v, beta, None if decay_weight is None else decay)
 
 
-def _check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize) -> None:
+def check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize) -> None:
     check_float("x", x, "[B, T, D] or [N, D]")
     if x.ndim not in (2, 3):
         fail(ValueError, "x", "[B, T, D] or [N, D]", x)

@@ -107,6 +107,13 @@ def memory_projection_backward(*operands):
     return memory_projection.memory_projection_backward(*operands)
 
 
+def memory_decode(*operands):
+    """As in backends/composed.py, in two launches, one where nothing is corrected."""
+    from . import decode
+
+    return decode.memory_decode(*operands)
+
+
 def segment_mean_forward(*operands):
     """As in backends/reference_projection.py."""
     from . import segments

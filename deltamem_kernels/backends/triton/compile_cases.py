@@ -113,8 +113,9 @@ def layer_report(
     per_head: bool = False,
     mask: bool = True,
 ) -> list[Row]:
-    """The kernels of memory_projection (many tokens, few, and what backward launches) and of segment_mean."""
-    from . import memory_projection, projection, segments
+    """The kernels of memory_projection (many tokens, few, and what backward launches), of memory_decode, and of
+    segment_mean."""
+    from . import decode, memory_projection, projection, segments
 
     B, T, D, M = 1, 128, 256, 4
     rows = []
@@ -135,6 +136,10 @@ def layer_report(
         kernels.append(("projection adjoint", projection.memory_projection_adjoint_kernel, adjoint))
         _, to_x = memory_projection.input_arguments(adjoint["p_dprojected"], weights[: 2 + free_decay], dtype)
         kernels.append(("projection to x", projection.memory_projection_input_kernel, to_x))
+        pool, slots = torch.empty(M, H, rank, rank), torch.zeros(T, dtype=torch.int32)
+        _, step = decode.decode_arguments(pool, torch.empty(T, D, dtype=dtype), *operands[:5], slots, *operands[5:],
+                                          "standard", -1)  # fmt: skip
+        kernels.append(("decode", decode.memory_decode_kernel, step))
         x, ids = torch.empty(B, T, D, dtype=dtype), torch.zeros(B, T, dtype=torch.int64)
         tokens = torch.ones(B, T, dtype=torch.bool) if mask else None
         _, means = segments.forward_arguments(x, ids, M, tokens)
@@ -144,7 +149,7 @@ def layer_report(
         rows += [
             row(name, rank, arch, kernel, arguments)
             for arch in archs
-            for name, kernel, arguments in (kernels if rank == ranks[0] else kernels[:3])  # the others know no rank
+            for name, kernel, arguments in (kernels if rank == ranks[0] else kernels[:5])  # the others know no rank
         ]
     return rows
 

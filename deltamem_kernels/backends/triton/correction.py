@@ -30,7 +30,7 @@ from ._correction import (
     sum_of_products,
     unit_columns,
 )
-from .delta_update import _launch
+from .launch import launch
 
 ROWS, BACKWARD_ROWS = 16, 8
 """Of a tile: what fits in registers. Not fewer for few rows: a row would be summed up in another order."""
@@ -296,7 +296,7 @@ def correct(base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, h
         programs, arguments = correct_arguments(
             base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim, out
         )
-        _launch(correct_kernel, programs, arguments, base)
+        launch(correct_kernel, programs, arguments, base)
     return out
 
 
@@ -342,9 +342,9 @@ def correct_backward(
         d_out, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim, needs
     )
     if any((*needs[:2], needs[3], rows[1]["p_stats"] is not None)):
-        _launch(backward_rows_kernel, *rows, d_out)
+        launch(backward_rows_kernel, *rows, d_out)
     if needs[2] or needs[4]:
-        _launch(backward_columns_kernel, *columns, d_out)
+        launch(backward_columns_kernel, *columns, d_out)
     d_weight, d_norm, d_gain = columns[1]["p_d_weight"], columns[1]["p_d_norm"], rows[1]["p_d_gain"]
     return [
         rows[1]["p_d_base"],

@@ -36,8 +36,13 @@ def strides(name: str, x: Tensor | None, dimensions: str) -> dict[str, int]:
     return {f"{name}_s{d}": s for d, s in zip(dimensions, values, strict=True)}
 
 
-def launch(kernel, programs: int, arguments: dict, like: Tensor) -> None:
-    """On the device of `like`; nothing where there are no programs."""
-    if programs:
+def launch(kernel, programs: int | tuple[int, ...], arguments: dict, like: Tensor) -> None:
+    """On the device of `like`; nothing where there are no programs. Every launch of the package goes through here."""
+    grid = (programs,) if isinstance(programs, int) else programs
+    if all(grid):
         with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-            kernel[(programs,)](**arguments)
+            start(kernel, grid, arguments)
+
+
+def start(kernel, grid: tuple[int, ...], arguments: dict) -> None:
+    kernel[grid](**arguments)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 from torch import Tensor
 
 from ..arithmetic import accumulation_dtype, as_kernel
 from ..reference_projection import weight_gradients
+from .launch import launch
 from .projection import (
     memory_projection_adjoint_kernel,
     memory_projection_input_kernel,
@@ -91,7 +90,7 @@ def forward_arguments(
 def memory_projection_forward(*operands) -> tuple[Tensor, ...]:
     """q, k, v, beta, decay and norms, as in backends/reference_projection.py."""
     kernel, grid, arguments = forward_arguments(*operands)
-    _launch(kernel, grid, arguments, operands[0])
+    launch(kernel, grid, arguments, operands[0])
     return tuple(arguments[f"p_{name}"] for name in ("q", "k", "v", "beta", "decay", "norms"))
 
 
@@ -154,17 +153,11 @@ def memory_projection_backward(
     """As in backends/reference_projection.py. The weights' gradients are matrix products over all tokens: torch's."""
     grid, arguments = adjoint_arguments(d_q, d_k, d_v, d_beta, d_decay, q, k, beta, decay, norms)
     d_projected = arguments["p_dprojected"]
-    _launch(memory_projection_adjoint_kernel, grid, arguments, q)
+    launch(memory_projection_adjoint_kernel, grid, arguments, q)
     d_x = None
     if needs[0]:
         weights = [w for w in (qkv_weight, beta_weight, decay_weight) if w is not None]
         grid, arguments = input_arguments(d_projected, weights, x_dtype)
         d_x = arguments["p_dx"]
-        _launch(memory_projection_input_kernel, grid, arguments, q)
+        launch(memory_projection_input_kernel, grid, arguments, q)
     return [d_x, *weight_gradients(d_projected, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, needs)]
-
-
-def _launch(kernel, grid: tuple[int, int], arguments: dict, like: Tensor) -> None:
-    if grid[0] and grid[1]:
-        with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-            kernel[grid](**arguments)

@@ -78,16 +78,25 @@ def weight_tile(p_w, i_row, m_row, i_d, D, s_r, s_d, dtype: tl.constexpr):
 
 
 @triton.jit
-def squash_and_store(
-    b_x, p_out, p_norms, i_m, m_m, i_h, i_r, m_c, H,
-    R: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr, NORMALIZE: tl.constexpr,
-):  # fmt: skip
-    """tanh and l2norm of Wq x or Wk x, stored with the norms."""
-    m = m_m[:, None] & m_c[None, :]
+def squash(b_x, m_c, HEADS: tl.constexpr, RANK: tl.constexpr, NORMALIZE: tl.constexpr):
+    """tanh and l2norm of Wq x or Wk x, and the norms, in all columns of a head."""
+    b_norm = b_x
     if NORMALIZE:
         b_x = tl.where(m_c[None, :], tanh(b_x), 0.0)
         b_norm = tl.maximum(tl.sqrt(sum_heads(b_x * b_x, HEADS, RANK)), norm_floor(b_x.dtype))
         b_x = b_x / b_norm
+    return b_x, b_norm
+
+
+@triton.jit
+def squash_and_store(
+    b_x, p_out, p_norms, i_m, m_m, i_h, i_r, m_c, H,
+    R: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Stored with the norms."""
+    m = m_m[:, None] & m_c[None, :]
+    b_x, b_norm = squash(b_x, m_c, HEADS, RANK, NORMALIZE)
+    if NORMALIZE:
         store(p_norms + i_m[:, None] * H + i_h[None, :], b_norm, m & (i_r == 0)[None, :])
     store(p_out + (i_m[:, None] * H + i_h[None, :]) * R + i_r[None, :], b_x, m)
 

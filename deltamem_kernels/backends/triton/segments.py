@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..arithmetic import accumulation_dtype
 from ._rule import store
-from .memory_projection import _launch
+from .launch import launch
 
 RUN_VARYING = ["p_ids", "p_mask", "p_counts", "T", "M", "ids_sb", "ids_st", "mask_sb", "mask_st"]
 """Arguments whose values and alignment are no reason to compile a kernel again; those of x are, see projection.py."""
@@ -128,7 +128,7 @@ def segment_mean_forward(
 ) -> tuple[Tensor, Tensor]:
     """As in backends/reference_projection.py."""
     grid, arguments = forward_arguments(x, segment_ids, num_segments, mask)
-    _launch(segment_mean_kernel, grid, arguments, x)
+    launch(segment_mean_kernel, grid, arguments, x)
     return arguments["p_means"], arguments["p_counts"]
 
 
@@ -145,5 +145,5 @@ def backward_arguments(
 def segment_mean_backward(d_means: Tensor, segment_ids: Tensor, counts: Tensor, mask: Tensor | None) -> Tensor:
     """As in backends/reference_projection.py."""
     grid, arguments = backward_arguments(d_means, segment_ids, counts, mask)
-    _launch(segment_mean_backward_kernel, grid, arguments, d_means)
+    launch(segment_mean_backward_kernel, grid, arguments, d_means)
     return arguments["p_dx"]
