@@ -102,7 +102,9 @@ def test_no_spills(compiled, kernel, rank, arch):
 def test_variants_compile_without_spills(compiled, variant):
     rows = compiled[variant]
     step = [] if variant in ("affine", "packed and masked") else ["step"]
-    assert [row.kernel for row, _ in rows] == [*SCANS, *step]
+    of_mask = {"mask", "mask adjoint"} if variant == "packed and masked" else set()
+    assert [row.kernel for row, _ in rows if row.kernel not in of_mask] == [*SCANS, *step]
+    assert of_mask <= {row.kernel for row, _ in rows}
     for row, spills in rows:
         print(row)
         assert not spills, row

@@ -6,16 +6,27 @@ import triton
 from torch import Tensor
 
 from . import maps
+from ._chunks import mask_spans_kernel
 from .launch import LANES, constants, strides, tiling
 
 GROUP = 128
 """Chunks of a group. A sequence with more than one group folds within all its groups at once."""
 
 
-def fold_launches(scan: dict, d_reads: Tensor | None, end: Tensor | None, out: Tensor, mode: str) -> list[tuple]:
-    """Kernel, programs and arguments of each launch. Together they fill the slots of `out` `[B, T // 64, H, R, R]`:
-    with the states before the chunks, from those `end` `[N, H, R, R]` before the first tokens; with d_reads, with the
-    gradients of those states, from those of the final states. `scan` are the arguments of the kernel that goes on."""
+def launches_before(
+    scan: dict, cu_seqlens: Tensor | None, d_reads: Tensor | None, end: Tensor | None, out: Tensor | None, mode: str
+) -> list[tuple]:
+    """Kernel, programs and arguments of each launch that the scan with the arguments `scan` needs before its own; none
+    if it is not chunked. They find what the mask leaves, and fill the slots of `out` `[B, T // 64, H, R, R]`: with the
+    states before the chunks, from those `end` `[N, H, R, R]` before the first tokens; with d_reads, with the gradients
+    of those states, from those of the final states."""
+    launches: list[tuple] = []
+    if not scan["CHUNKED"] or out is None:
+        return launches
+    if scan["SPAN"] == 3:
+        spans = {name: scan[name] for name in ("p_spans", "p_mask", "T", "mask_sb", "mask_st")}
+        spans |= {"p_cu_seqlens": cu_seqlens, "BLOCK": 1024, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        launches.append((mask_spans_kernel, scan["N"], spans))
     H, R = out.shape[2:4]
     slots = out.shape[0] * out.shape[1]
     virtual_heads = H * (R + 1)
@@ -24,7 +35,7 @@ def fold_launches(scan: dict, d_reads: Tensor | None, end: Tensor | None, out: T
     arguments = {name: scan[name] for name in maps.chunk_maps_kernel.arg_names if name in scan}
     arguments |= {"p_maps": chunk_maps, "p_d_reads": d_reads} | strides("d_reads", d_reads, "bthr")
     arguments |= constants(mode, R) | tiles
-    launches = [(maps.chunk_maps_kernel, slots * triton.cdiv(virtual_heads, tiles["HEADS"]), arguments)]
+    launches.append((maps.chunk_maps_kernel, slots * triton.cdiv(virtual_heads, tiles["HEADS"]), arguments))
 
     columns = triton.next_power_of_2(R)
     rows = max(LANES // columns, 1)

@@ -58,16 +58,19 @@ def _scans(operands: list, mode: str, chunked: bool = False) -> list[tuple]:
 
 
 def _chunked_scans(operands: list, mode: str) -> list[tuple]:
-    from .chunked import fold_launches
+    from .chunked import launches_before
 
+    cu_seqlens = operands[8]
     (_, _, forward), (_, _, backward) = scans = _scans(operands, mode, chunked=True)
     kernels = []
     for arguments, d_reads, end, out, of in (
         (forward, None, forward["p_initial"], forward["p_checkpoints"], ""),
         (backward, backward["p_d_reads"], backward["p_d_final"], backward["p_ends"], " adjoint"),
     ):
-        launches = fold_launches(arguments, d_reads, end, out, mode)
-        names = (f"maps{of}", f"fold maps{of}", f"fold groups{of}", f"fold{of}")
+        launches = launches_before(arguments, cu_seqlens, d_reads, end, out, mode)
+        names = [f"maps{of}", f"fold maps{of}", f"fold groups{of}", f"fold{of}"]
+        if arguments["SPAN"] == 3:
+            names.insert(0, f"mask{of}")
         kernels += [(name, kernel, given) for name, (kernel, _, given) in zip(names, launches, strict=True)]
     return [*kernels, *scans]
 

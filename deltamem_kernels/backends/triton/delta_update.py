@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ..reference import CHECKPOINT_INTERVAL, accumulation_dtype
 from ..scan import choose_scan
-from ._chunks import mask_spans_kernel
 from .backward import delta_update_backward_kernel
-from .chunked import fold_launches
+from .chunked import launches_before
 from .forward import delta_update_forward_kernel
 from .launch import constants, launch, strides, tiling
 
@@ -71,7 +70,8 @@ def delta_update_forward(
     checkpoints `[B, T // 64, H, R, R]` (else an empty tensor). Operands and modes as in backends/reference.py."""
     programs, arguments = forward_arguments(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode, save)
     reads, final_state, checkpoints = (arguments[x] for x in ("p_reads", "p_final", "p_checkpoints"))
-    _between_chunks(arguments, None, initial_state, checkpoints, mode, cu_seqlens)
+    for before in launches_before(arguments, cu_seqlens, None, initial_state, checkpoints, mode):
+        launch(*before, q)
     launch(delta_update_forward_kernel, programs, arguments, q)
     return reads, final_state, checkpoints if save else q.new_empty((0,), dtype=final_state.dtype)
 
@@ -151,7 +151,9 @@ def delta_update_backward(
     )
     gradients = [arguments[f"p_d{x}"] for x in ("q", "k", "v", "beta", "decay", "write", "initial")]
     if any(x is not None for x in gradients):
-        _between_chunks(arguments, arguments["p_d_reads"], d_final_state, arguments["p_ends"], mode, cu_seqlens)
+        d_reads = arguments["p_d_reads"]
+        for before in launches_before(arguments, cu_seqlens, d_reads, d_final_state, arguments["p_ends"], mode):
+            launch(*before, q)
         launch(delta_update_backward_kernel, programs, arguments, q)
     return gradients
 
@@ -166,16 +168,6 @@ def _spans(chunks: bool, mask: Tensor | None, cu_seqlens: Tensor | None, N: int)
     if not chunks or mask is None:
         return {"p_spans": cu_seqlens, "SPAN": 1, "N": N, "CHUNKED": chunks}
     return {"p_spans": mask.new_empty((N, 3), dtype=torch.int64), "SPAN": 3, "N": N, "CHUNKED": chunks}
-
-
-def _between_chunks(arguments: dict, d_reads, end, out: Tensor, mode: str, cu_seqlens: Tensor | None) -> None:
-    """What has to be launched before the kernel that `arguments` are for."""
-    if arguments["SPAN"] == 3:
-        of_mask = {name: arguments[name] for name in ("p_spans", "p_mask", "T", "mask_sb", "mask_st")}
-        launch(mask_spans_kernel, arguments["N"], of_mask | {"p_cu_seqlens": cu_seqlens, "BLOCK": 1024}, out)
-    if arguments["CHUNKED"]:
-        for kernel, programs, its_arguments in fold_launches(arguments, d_reads, end, out, mode):
-            launch(kernel, programs, its_arguments, out)
 
 
 def _operand_arguments(q, k, v, beta, decay, write, initial_state, mask) -> dict:
