@@ -149,7 +149,7 @@ def test_what_was_written_can_be_written_in_part():
     out = module.read(x, start, mask=mask)
     for tokens in (0, 1, 5, 9):
         shorter = module.read(x[:, :tokens], start, mask=mask[:, :tokens]).state
-        assert error(out.writes.replay(start, tokens), shorter) <= 1e-6
+        assert error(out.writes.first(tokens).onto(start), shorter) <= 1e-6
     assert module.read(x, write=False).writes is None
 
 

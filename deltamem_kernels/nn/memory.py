@@ -27,10 +27,16 @@ class Writes(NamedTuple):
     mask: Tensor | None
     mode: str
 
-    def replay(self, state: Tensor, tokens: int) -> Tensor:
-        """The state that the first tokens leave."""
-        k, v, beta, decay, mask = (None if x is None else x[:, :tokens] for x in self[:5])
-        return delta_update(k, k, v, beta, decay, mode=self.mode, initial_state=state, mask=mask).final_state
+    def first(self, tokens: int) -> Writes:
+        """What the first tokens wrote."""
+        decay = None if self.decay is None else self.decay[:, :tokens]
+        mask = None if self.mask is None else self.mask[:, :tokens]
+        return Writes(self.k[:, :tokens], self.v[:, :tokens], self.beta[:, :tokens], decay, mask, self.mode)
+
+    def onto(self, state: Tensor | None) -> Tensor:
+        """The state that they leave; None stands for zeros."""
+        k, v, beta, decay, mask, mode = self
+        return delta_update(k, k, v, beta, decay, mode=mode, initial_state=state, mask=mask).final_state
 
 
 class MemoryRead(NamedTuple):
@@ -62,6 +68,9 @@ class DeltaMemory(nn.Module):
         device, dtype: of the weights. float32 also beside a backbone of 16 bits or a quantised one.
     """
 
+    memory_q_proj: nn.Parameter
+    memory_k_proj: nn.Parameter
+    memory_v_proj: nn.Parameter
     delta_scale_raw: nn.Parameter | None
     delta_o_rmsnorm_weight: nn.Parameter | None
     lambda_proj: nn.Parameter | None
@@ -87,13 +96,13 @@ class DeltaMemory(nn.Module):
         width = config.num_state_heads * config.rank
         gates = width if config.rankwise_gates else config.num_state_heads
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        def parameter(*shape: int, trained: bool = True) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=trained)
 
         for name in ("q", "k", "v"):
             self.register_parameter(f"memory_{name}_proj", parameter(width, hidden_size))
         for head in HEADS:
-            weight = parameter(out_features[head], width).requires_grad_(head in config.delta_heads)
+            weight = parameter(out_features[head], width, trained=head in config.delta_heads)
             self.register_parameter(f"delta_{head}_proj", weight)
         self.beta_proj, self.beta_bias = parameter(gates, hidden_size), parameter(gates)
         apart = not config.couple_lambda
@@ -103,7 +112,7 @@ class DeltaMemory(nn.Module):
         self.delta_scale_raw = parameter(scales) if config.trainable_delta_scale else None
         self.delta_o_rmsnorm_weight = None
         if config.delta_o_rmsnorm:
-            self.delta_o_rmsnorm_weight = parameter(out_features["o"]).requires_grad_("o" in config.delta_heads)
+            self.delta_o_rmsnorm_weight = parameter(out_features["o"], trained="o" in config.delta_heads)
         self.reset_parameters(base_weights)
 
     @torch.no_grad()
