@@ -44,12 +44,15 @@ class LayerMemory:
     def __init__(self, state: Tensor | None = None) -> None:
         self.state = state
         self.steps: deque[Step] = deque()
+        self.held = 0
+        """tokens of these calls"""
 
     def advance(self, state: Tensor, step: Step) -> None:
         self.state = state
         self.steps.append(step)
-        while sum(s.tokens for s in self.steps) - self.steps[0].tokens >= ROLLBACK:
-            self.steps.popleft()
+        self.held += step.tokens
+        while self.held - self.steps[0].tokens >= ROLLBACK:
+            self.held -= self.steps.popleft().tokens
 
     def check_crop(self, tokens: int) -> None:
         for step in reversed(self.steps):
@@ -59,13 +62,13 @@ class LayerMemory:
             if tokens <= 0:
                 return
         if tokens > 0:
-            held = sum(step.tokens for step in self.steps)
             raise ValueError(
-                f"the memory can take back {held} tokens here, not {held + tokens}: it keeps the writes of the latest "
-                f"{ROLLBACK} tokens or of the latest call, and none from before a reordering of the batch"
+                f"the memory can take back {self.held} tokens here, not {self.held + tokens}: it keeps the writes of the "
+                f"latest {ROLLBACK} tokens or of the latest call, and none from before a reordering of the batch"
             )
 
     def crop(self, tokens: int) -> None:
+        self.held -= tokens
         while tokens > 0:
             step = self.steps.pop()
             rest = step.first(max(step.tokens - tokens, 0))
@@ -77,6 +80,7 @@ class LayerMemory:
     def select(self, change: Callable[[Tensor], Tensor]) -> None:
         self.state = None if self.state is None else change(self.state)
         self.steps.clear()
+        self.held = 0
 
 
 class MemoryCache:
