@@ -63,8 +63,8 @@ class LayerMemory:
                 return
         if tokens > 0:
             raise ValueError(
-                f"the memory can take back {self.held} tokens here, not {self.held + tokens}: it keeps the writes of the "
-                f"latest {ROLLBACK} tokens or of the latest call, and none from before a reordering of the batch"
+                f"the memory can take back {self.held} tokens here, not {self.held + tokens}: it keeps the writes of "
+                f"the latest {ROLLBACK} tokens or of the latest call, and none from before a reordering of the batch"
             )
 
     def crop(self, tokens: int) -> None:
