@@ -121,6 +121,8 @@ def test_the_mask_of_tokens():
     assert token_mask(static, 2, 2, torch.tensor(3)).tolist() == [[False, True]] * 2
     window = torch.tensor([[[[0.0, -1e9, 0.0]]]]).masked_fill(torch.tensor([True, False, False]), float("-inf"))
     assert token_mask(window, 1, 1, 50).tolist() == [[True]]
+    rolled = torch.tensor([[[[0, 0, 1, 0], [0, 0, 0, 0]]]]).bool()  # two tokens behind two that are kept
+    assert token_mask(rolled, 1, 2, 50).tolist() == [[True, False]]
     for bad in (torch.zeros(2, 4), torch.zeros(1, 3), torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 4)):
         with pytest.raises(ValueError, match="attention_mask must be"):
             token_mask(bad, 1, 4, 0)
@@ -151,7 +153,7 @@ def test_sliding_windows():
         model, ids = remembering("mistral", backbone_fields=fields), tokens(2, 14)
         whole = logits(model, ids, use_cache=False)
         for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)):
-            parts = [logits(model, part, past_key_values=cache) for part in ids.split([6, *[1] * 8], dim=1)]
+            parts = [logits(model, part, past_key_values=cache) for part in ids.split([6, 3, *[1] * 5], dim=1)]
             assert error(torch.cat(parts, 1), whole) <= CLOSE
 
 
