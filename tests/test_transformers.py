@@ -9,7 +9,14 @@ import pytest
 import torch
 from models import ARCHITECTURES, CLOSE, MEMORIES, VOCABULARY, backbone, logits, remembering, tokens
 from problems import error
-from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from deltamem_kernels.integrations.transformers import (
     MemoryCall,
@@ -152,8 +159,9 @@ def test_sliding_windows():
     for fields in ({"sliding_window": 4}, {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2}):
         model, ids = remembering("mistral", backbone_fields=fields), tokens(2, 14)
         whole = logits(model, ids, use_cache=False)
-        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)):
-            parts = [logits(model, part, past_key_values=cache) for part in ids.split([6, 3, *[1] * 5], dim=1)]
+        static = StaticCache(config=model.config, max_cache_len=20)
+        for cache, cuts in ((DynamicCache(config=model.config), [6, 3, *[1] * 5]), (static, [6, *[1] * 8])):
+            parts = [logits(model, part, past_key_values=cache) for part in ids.split(cuts, dim=1)]
             assert error(torch.cat(parts, 1), whole) <= CLOSE
 
 
@@ -279,9 +287,11 @@ def test_checkpointed_gradients(kind, reentrant):
                 model.gradient_checkpointing_enable({"use_reentrant": reentrant})
                 model.enable_input_require_grads()
             model.zero_grad()
-            with MemoryCall(model, states, **options):
+            with MemoryCall(model, states, **options) as call:
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            behind = dict(call.states)
             loss.backward()
+            assert all(call.states[index] is behind[index] for index in (0, 1))  # not those of the second time
             found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
         assert any(grad is not None and grad.any() for grad in found[0].values())
         for name, grad in found[0].items():
@@ -379,17 +389,45 @@ def test_tokens_without_messages_warn_once():
     assert torch.equal(ours, logits(by_token, ids))
 
 
-def test_bfloat16_backbone():
-    model, ids = backbone("qwen3").bfloat16(), tokens(2, 9)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_backbone_of_16_bits(dtype):
+    model, ids = backbone("qwen3").to(dtype), tokens(2, 9)
     before = logits(model, ids)
     attach_memory(model, DeltaMemConfig(output_init="random"))
     memory = model.model.layers[0].self_attn.delta_memory
     assert {p.dtype for p in memory.parameters()} == {torch.float32}
     cache = DynamicCache(config=model.config)
     after = logits(model, ids, past_key_values=cache)
-    assert after.dtype == torch.bfloat16
+    assert after.dtype == dtype
     assert not torch.equal(after, before)
     assert {state.dtype for state in get_memory(cache).values()} == {torch.float32}
+
+
+def test_the_text_of_a_vision_language_model():
+    """The vision tower, whose attention has the same name and another shape, stays as it is."""
+    text = {"model_type": "llama", **backbone().config.to_diff_dict(), "vocab_size": VOCABULARY}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = SmolVLMConfig(
+        text_config=text,
+        vision_config={**vision, "image_size": 32, "patch_size": 8},
+        image_token_id=VOCABULARY - 1,
+        scale_factor=2,
+    )
+    model = SmolVLMForConditionalGeneration(config).eval().requires_grad_(False)
+    ids, pixels = tokens(1, 14).clamp(max=VOCABULARY - 2), torch.randn(1, 1, 3, 32, 32)
+    ids[0, 3:7] = VOCABULARY - 1
+    before = logits(model, ids, pixel_values=pixels)
+    names = attach_memory(model, DeltaMemConfig())
+    assert names == [f"model.text_model.layers.{index}.self_attn" for index in (0, 1)]
+    assert torch.equal(logits(model, ids, pixel_values=pixels), before)
+    for _, layer in memory_layers(model):
+        torch.nn.init.normal_(layer.delta_memory.delta_q_proj)
+    whole = logits(model, ids, pixel_values=pixels, use_cache=False)
+    assert error(whole, before) > 1e-2
+    cache = DynamicCache(config=model.config)
+    parts = [logits(model, ids[:, :9], pixel_values=pixels, past_key_values=cache)]
+    parts += [logits(model, part, past_key_values=cache) for part in ids[:, 9:].split(1, dim=1)]
+    assert error(torch.cat(parts, 1), whole) <= CLOSE
 
 
 def test_compiled():
