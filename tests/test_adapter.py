@@ -213,7 +213,9 @@ def test_spoilt_states(tmp_path):
         save_memory({"0": torch.zeros(1)}, path)
     save_memory({0: torch.randn(1, 1, 4, 4), 1: torch.randn(1, 1, 4, 4)}, path)
     model, cache = remembering(), DynamicCache()
-    with pytest.raises(ValueError, match=r"states\[0\] must be floating \[B, 1, 8, 8\], got float32 \[1, 1, 4, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"states\[0\] must be float32 or float64 \[B, 1, 8, 8\], got float32 \[1, 1, 4, 4\]"
+    ):
         set_memory(model, cache, load_memory(path))
     assert get_memory(cache) == {}
 

@@ -499,7 +499,10 @@ def test_bad_calls():
     for arguments, message in (
         ({"states": [1]}, "states must be a dict"),
         ({"states": {0: states[0]}}, r"states must be of the layers \[0, 1\], got \[0\]"),
-        ({"states": {**states, 1: torch.zeros(2, 8, 8)}}, r"states\[1\] must be floating \[B, 1, 8, 8\], got float32"),
+        (
+            {"states": {**states, 1: torch.zeros(2, 8, 8)}},
+            r"states\[1\] must be float32 or float64 \[B, 1, 8, 8\], got float32",
+        ),
         ({"states": {**states, 1: torch.zeros(3, 1, 8, 8)}}, "one batch size"),
         ({"write": 1}, "write must be True or False"),
         ({"message_ids": ids}, "message_ids has no use .* 'token'"),

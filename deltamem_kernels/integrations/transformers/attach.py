@@ -127,7 +127,9 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
         past = cache.get_seq_length(index)
     state = None if layer is None else layer.state
     if state is None and call is not None and call.initial:
-        state = call.initial[index].to(x.device, torch.float32)
+        state = call.initial[index]
+    if state is not None:
+        state = state.to(x.device)
     attention_mask = kwargs.get("attention_mask")
     if cache is None and isinstance(attention_mask, Tensor):
         past = attention_mask.shape[-1] - tokens
@@ -141,7 +143,7 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
 
 
 def _finish(attention: Any, args: tuple, output: Any) -> Any:
-    """Corrects o, and keeps the state; not where the attention failed, and has no output."""
+    """Keeps the state; not where the attention failed, and has no output."""
     if not _stack.calls or _stack.calls[-1].attention is not attention:
         return None
     _, read, layer, step, call = _stack.calls.pop()

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -163,4 +162,4 @@ def set_memory(model: nn.Module, cache: Cache, states: dict[int, Tensor]) -> Non
     check_states(model, states)
     memory = layers_of(cache)
     memory.clear()
-    memory.update({index: LayerMemory(state.detach().to(torch.float32)) for index, state in states.items()})
+    memory.update({index: LayerMemory(state) for index, state in states.items()})

@@ -27,9 +27,10 @@ def check_states(model: nn.Module, states: object) -> None:
     batches = set()
     for index, config in layers.items():
         state, wanted = states[index], (config.num_state_heads, config.rank, config.rank)
-        if not isinstance(state, Tensor) or not state.is_floating_point() or tuple(state.shape[1:]) != wanted:
+        fits = isinstance(state, Tensor) and state.dtype in (torch.float32, torch.float64)
+        if not fits or tuple(state.shape[1:]) != wanted:
             raise ValueError(
-                f"states[{index}] must be floating [B, {', '.join(map(str, wanted))}], got {describe(state)}"
+                f"states[{index}] must be float32 or float64 [B, {', '.join(map(str, wanted))}], got {describe(state)}"
             )
         batches.add(state.shape[0])
     if len(batches) > 1:
