@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import ARCHITECTURES, CLOSE, MEMORIES, VOCABULARY, backbone, logits, remembering, tokens
 from problems import error
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     DynamicCache,
     SmolVLMConfig,
@@ -118,6 +119,23 @@ def test_masks_of_four_dimensions(kind):
         assert error(logits(model, ids, attention_mask=mask, position_ids=positions)[1, 3:], exact) <= CLOSE
 
 
+def test_flex_attention():
+    """Its mask is a program; a padded batch gives what it gives with sdpa."""
+    model, ids, mask = remembering(attention="flex_attention"), tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    flex = logits(model, ids, **given)
+    model.set_attn_implementation("sdpa")
+    exact = logits(model, ids, **given)
+    assert error(flex[mask.bool()], exact[mask.bool()]) <= CLOSE
+
+
+def test_block_masks_behind_a_cache():
+    real = torch.tensor([[True] * 6, [False] * 4 + [True] * 2])
+    block = create_block_mask(lambda b, h, q, k: (k <= q + 3) & real[b, k], 2, None, 3, 6, device="cpu", BLOCK_SIZE=2)
+    assert token_mask(block, 2, 3, 3).tolist() == [[True] * 3, [False, True, True]]
+
+
 def test_the_mask_of_tokens():
     row = torch.tensor([[0, 1, 1, 1]])
     assert token_mask(None, 1, 2, 0) is None
@@ -133,7 +151,7 @@ def test_the_mask_of_tokens():
     for bad in (torch.zeros(2, 4), torch.zeros(1, 3), torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 4)):
         with pytest.raises(ValueError, match="attention_mask must be"):
             token_mask(bad, 1, 4, 0)
-    with pytest.raises(TypeError, match=r"attention_mask must be a tensor or None.*got dict"):
+    with pytest.raises(TypeError, match=r"attention_mask must be a tensor, a BlockMask or None.*got dict"):
         token_mask({}, 1, 4, 0)
     with pytest.raises(TypeError, match=r"bool or floating, got torch\.int64"):
         token_mask(torch.zeros(1, 1, 4, 4).long(), 1, 4, 0)
