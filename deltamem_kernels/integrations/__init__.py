@@ -1,0 +1,1 @@
+"""The memory inside other packages. Nothing else in this package imports these."""

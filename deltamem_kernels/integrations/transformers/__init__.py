@@ -1,0 +1,20 @@
+"""A memory for the models of transformers: attach it, use the model as before."""
+
+from .adapter import load_adapter, save_adapter
+from .attach import attach_memory, detach_memory, memory_layers
+from .cache import get_memory, set_memory
+from .call import MemoryCall
+from .states import load_memory, save_memory
+
+__all__ = [
+    "MemoryCall",
+    "attach_memory",
+    "detach_memory",
+    "get_memory",
+    "load_adapter",
+    "load_memory",
+    "memory_layers",
+    "save_adapter",
+    "save_memory",
+    "set_memory",
+]

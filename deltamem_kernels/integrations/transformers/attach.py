@@ -1,0 +1,212 @@
+"""`attach_memory`: hooks around the attention modules of a model, which read, correct and write."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...nn import DeltaMemConfig, DeltaMemory, MemoryRead
+from ...nn.config import HEADS
+from .cache import LayerMemory, Step, layers_of
+from .call import KEYWORD, MemoryCall, call_for, hand_down
+from .layers import attention_layers, memory_layers
+from .masks import token_mask
+
+
+def attach_memory(model: nn.Module, config: DeltaMemConfig, *, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Gives each attention layer of a model a memory, its submodule `delta_memory`. The model is then used as before.
+
+    The states live in the cache that a request has (past_key_values), and start from zeros. Nothing is frozen here:
+    `model.requires_grad_(False)` before leaves the memory as what is trained.
+
+    Args:
+        model: of transformers, a decoder whose attention has q_proj, k_proj, v_proj, o_proj and layer_idx.
+        config: what the memory is.
+        dtype: of its weights. float32 also beside a backbone of 16 bits or a quantised one.
+
+    Returns:
+        The names of the attention modules.
+
+    Raises:
+        ValueError: the model does not fit, or has a memory; it stays as it was.
+    """
+    return install(model, build(model, config, dtype))
+
+
+def build(model: nn.Module, config: DeltaMemConfig, dtype: torch.dtype) -> dict[str, DeltaMemory]:
+    """The memory for each attention module, beside the model."""
+    if memory_layers(model):
+        raise ValueError("the model has a memory already: detach_memory takes it away")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError("the model does not fit: it is an encoder and a decoder, and a memory is for a decoder alone")
+    memories = {}
+    for name, attention in attention_layers(model, config):
+        projections = {head: getattr(attention, f"{head}_proj") for head in HEADS}
+        memories[name] = DeltaMemory(
+            config,
+            projections["q"].in_features,
+            {head: projection.out_features for head, projection in projections.items()},
+            {head: projection.weight for head, projection in projections.items()},
+            device=projections["q"].weight.device,
+            dtype=dtype,
+        )
+    return memories
+
+
+def install(model: nn.Module, memories: dict[str, DeltaMemory]) -> list[str]:
+    modules = dict(model.named_modules())
+    for name, memory in memories.items():
+        attention = modules[name]
+        attention.delta_memory = memory
+        attention.register_forward_pre_hook(_read, with_kwargs=True)
+        attention.register_forward_hook(_finish, always_call=True)
+        for head, hook in CORRECTIONS.items():
+            if head in memory.config.delta_heads:
+                getattr(attention, f"{head}_proj").register_forward_hook(hook)
+    for stack in _stacks(modules, list(memories)):
+        stack.register_forward_pre_hook(hand_down, with_kwargs=True)
+    return list(memories)
+
+
+def detach_memory(model: nn.Module) -> None:
+    """Takes the memory away, and leaves the model as it was before `attach_memory`."""
+    layers = memory_layers(model)
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [n for n, hook in hooks.items() if hook in HOOKS]:
+                del hooks[number]
+                for marks in (
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    marks.pop(number, None)
+    for _, attention in layers:
+        del attention.delta_memory
+
+
+def _stacks(modules: dict[str, nn.Module], names: list[str]) -> list[nn.Module]:
+    """What owns the list that the layers are in: `model` for `model.layers.0.self_attn`."""
+    lists = {name.rsplit(".", 2)[0] for name in names if name.count(".") >= 2}
+    return [modules[n.rpartition(".")[0]] for n in lists if isinstance(modules[n], nn.ModuleList)]
+
+
+class _Open(NamedTuple):
+    """A call of an attention module that is under way."""
+
+    attention: Any
+    read: MemoryRead
+    layer: LayerMemory | None
+    step: Step
+    call: MemoryCall | None
+
+
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[_Open] = []
+
+
+_stack = _Stack()
+
+
+def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    kwargs = dict(kwargs)
+    call: MemoryCall | None = kwargs.pop(KEYWORD, None) or call_for(attention)
+    x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    batch, tokens = x.shape[:2]
+    cache, index, memory = kwargs.get("past_key_values"), attention.layer_idx, attention.delta_memory
+    layer, past = None, 0
+    if cache is not None:
+        layer = layers_of(cache).setdefault(index, LayerMemory())
+        past = cache.get_seq_length(index)
+    state = None if layer is None else layer.state
+    if state is None and call is not None and call.initial:
+        state = call.initial[index]
+    if state is not None:
+        state = state.to(x.device)
+    attention_mask = kwargs.get("attention_mask")
+    if cache is None and isinstance(attention_mask, Tensor):
+        past = attention_mask.shape[-1] - tokens
+    mask = token_mask(attention_mask, batch, tokens, past)
+    write = call is None or call.write
+    segments = _segments(memory.config, call, x, decoding=tokens == 1 and cache is not None) if write else {}
+    read = memory.read(x, state, mask=mask, write=write, **segments)
+    step = Step(tokens, state, read.writes, write)
+    _stack.calls.append(_Open(attention, read, layer, step, call))
+    return args, kwargs
+
+
+def _finish(attention: Any, args: tuple, output: Any) -> Any:
+    """Keeps the state; not where the attention failed, and has no output."""
+    if not _stack.calls or _stack.calls[-1].attention is not attention:
+        return None
+    _, read, layer, step, call = _stack.calls.pop()
+    if output is None:
+        return None
+    if layer is not None:
+        layer.advance(read.state, step)
+    if call is not None and call.is_open:
+        call.states[attention.layer_idx] = read.state
+    return None
+
+
+def _correct(head: str, projection: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    if not _stack.calls:
+        return None
+    attention, read, *_ = _stack.calls[-1]
+    if getattr(attention, f"{head}_proj") is not projection:
+        return None
+    in_place = not torch.is_grad_enabled() and output is not args[0]
+    return attention.delta_memory.correct(output, read.reads, head, out=output if in_place else None)
+
+
+def _correct_q(projection: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    return _correct("q", projection, args, output)
+
+
+def _correct_k(projection: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    return _correct("k", projection, args, output)
+
+
+def _correct_v(projection: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    return _correct("v", projection, args, output)
+
+
+def _correct_o(projection: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    return _correct("o", projection, args, output)
+
+
+CORRECTIONS: dict[str, Callable] = {"q": _correct_q, "k": _correct_k, "v": _correct_v, "o": _correct_o}
+HOOKS = (_read, _finish, hand_down, *CORRECTIONS.values())
+
+
+def _segments(config: DeltaMemConfig, call: MemoryCall | None, x: Tensor, *, decoding: bool) -> dict[str, Any]:
+    """The messages or sentences that a call writes; none where each token does."""
+    if config.memory_write_granularity == "token":
+        return {}
+    ids = None if call is None else call.segment_ids
+    if ids is None:
+        _warn_of_tokens(config.memory_write_granularity)
+        return {}
+    if ids.shape != x.shape[:2]:
+        if decoding:  # the ids are the prompt's
+            return {}
+        raise ValueError(
+            f"message_ids and sentence_ids must be {list(x.shape[:2])} as the tokens are, got {list(ids.shape)}"
+        )
+    return {"segment_ids": ids.to(x.device), "num_segments": call.num_segments}  # type: ignore[union-attr]
+
+
+@functools.cache
+def _warn_of_tokens(granularity: str) -> None:
+    warnings.warn(
+        f"deltamem_kernels: memory_write_granularity is {granularity!r} and no ids were given (MemoryCall): each token "
+        "writes",
+        stacklevel=2,
+    )

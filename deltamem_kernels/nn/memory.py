@@ -1,0 +1,260 @@
+"""`DeltaMemory`: the memory of one layer, its weights and its forward. The state goes in and comes out."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops._checks import check_float, check_mask, check_shape, fail
+from ..ops.attention_correction import attention_correction
+from ..ops.delta_update import delta_update
+from ..ops.memory_projection import memory_projection
+from ..ops.segment_mean import segment_mean
+from .config import HEADS, DeltaMemConfig
+
+
+class Writes(NamedTuple):
+    """What the tokens of a call wrote, enough to write the first of them again."""
+
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    decay: Tensor | None
+    mask: Tensor | None
+    mode: str
+
+    def first(self, tokens: int) -> Writes:
+        """What the first tokens wrote."""
+        decay = None if self.decay is None else self.decay[:, :tokens]
+        mask = None if self.mask is None else self.mask[:, :tokens]
+        return Writes(self.k[:, :tokens], self.v[:, :tokens], self.beta[:, :tokens], decay, mask, self.mode)
+
+    def onto(self, state: Tensor | None) -> Tensor:
+        """The state that they leave; None stands for zeros."""
+        k, v, beta, decay, mask, mode = self
+        return delta_update(k, k, v, beta, decay, mode=mode, initial_state=state, mask=mask).final_state
+
+
+class MemoryRead(NamedTuple):
+    """What `DeltaMemory.read` returns."""
+
+    reads: Tensor
+    """`[B, T, H, R]`, float32 (float64 where x is): what the state held for each token's query."""
+    state: Tensor
+    """`[B, H, R, R]`, likewise: the state behind the call. Row = value, column = key."""
+    writes: Writes | None
+    """What each token wrote; None where tokens wrote nothing, or messages wrote their means."""
+
+
+class DeltaMemory(nn.Module):
+    """The memory of one attention layer (δ-mem, arXiv 2605.12357). It holds weights and no state.
+
+    Weights, under the names of the authors' code (H heads, rank R, G = H·R gates, or H without rankwise_gates):
+    memory_q_proj, memory_k_proj, memory_v_proj `[H·R, hidden]`; delta_q_proj … delta_o_proj `[out, H·R]`, of which
+    those that correct nothing are zero and not trained; beta_proj `[G, hidden]`, beta_bias `[G]`; lambda_proj and
+    lambda_bias likewise, where λ is not coupled; delta_scale_raw `[1]` or `[4]`, where it is trained;
+    delta_o_rmsnorm_weight `[out of o]`, where there is that norm.
+
+    Args:
+        config: what the memory is.
+        hidden_size: of the hidden states that it reads.
+        out_features: of each projection that may be corrected: `{"q": ..., "k": ..., "v": ..., "o": ...}`.
+        base_weights: the weights of these projections, `[out, in]`, floating; needed only where output_init is
+            "base_slice" or "base_slice_fixed".
+        device, dtype: of the weights. float32 also beside a backbone of 16 bits or a quantised one.
+    """
+
+    memory_q_proj: nn.Parameter
+    memory_k_proj: nn.Parameter
+    memory_v_proj: nn.Parameter
+    delta_scale_raw: nn.Parameter | None
+    delta_o_rmsnorm_weight: nn.Parameter | None
+    lambda_proj: nn.Parameter | None
+    lambda_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        config: DeltaMemConfig,
+        hidden_size: int,
+        out_features: dict[str, int],
+        base_weights: dict[str, Tensor] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating one, got {dtype}")
+        if sorted(out_features) != sorted(HEADS):
+            raise ValueError(f"out_features must name {', '.join(HEADS)}, got {', '.join(out_features) or 'nothing'}")
+        self.config = config
+        self.hidden_size = hidden_size
+        width = config.num_state_heads * config.rank
+        gates = width if config.rankwise_gates else config.num_state_heads
+
+        def parameter(*shape: int, trained: bool = True) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=trained)
+
+        for name in ("q", "k", "v"):
+            self.register_parameter(f"memory_{name}_proj", parameter(width, hidden_size))
+        for head in HEADS:
+            weight = parameter(out_features[head], width, trained=head in config.delta_heads)
+            self.register_parameter(f"delta_{head}_proj", weight)
+        self.beta_proj, self.beta_bias = parameter(gates, hidden_size), parameter(gates)
+        apart = not config.couple_lambda
+        self.lambda_proj = parameter(gates, hidden_size) if apart else None
+        self.lambda_bias = parameter(gates) if apart else None
+        scales = len(HEADS) if config.delta_scale_granularity == "head" else 1
+        self.delta_scale_raw = parameter(scales) if config.trainable_delta_scale else None
+        self.delta_o_rmsnorm_weight = None
+        if config.delta_o_rmsnorm:
+            self.delta_o_rmsnorm_weight = parameter(out_features["o"], trained="o" in config.delta_heads)
+        self.reset_parameters(base_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self, base_weights: dict[str, Tensor] | None = None) -> None:
+        """The weights as they start: a memory that is read and written, and with output_init "zero" changes nothing."""
+        config = self.config
+        for name in ("q", "k", "v"):
+            nn.init.kaiming_uniform_(getattr(self, f"memory_{name}_proj"), a=math.sqrt(5))
+        for head in HEADS:
+            weight = getattr(self, f"delta_{head}_proj")
+            weight.zero_()
+            if head not in config.delta_heads or config.output_init == "zero":
+                continue
+            if config.output_init == "random":
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5)).mul_(config.online_gain)
+                continue
+            base = (base_weights or {}).get(head)
+            if base is None or not base.is_floating_point() or base.ndim != 2 or base.shape[0] != weight.shape[0]:
+                wanted = f"the floating weight [{weight.shape[0]}, in] of {head}_proj, for output_init"
+                fail(ValueError, f"base_weights[{head!r}]", f"{wanted} {config.output_init!r}", base)
+            columns = min(config.rank, base.shape[1])
+            if config.output_init == "base_slice_fixed":
+                columns = min(columns, config.base_slice_ref_width)
+            weight[:, :columns] = F.normalize(base[:, :columns].to(weight), dim=0, eps=1e-6) * config.online_gain
+        self.beta_proj.zero_()
+        self.beta_bias.fill_(config.beta_bias_init)
+        if self.lambda_proj is not None and self.lambda_bias is not None:
+            self.lambda_proj.zero_()
+            self.lambda_bias.fill_(-config.beta_bias_init)
+        if self.delta_scale_raw is not None:
+            share = min(max(config.delta_scale_init / config.delta_scale_max, 1e-4), 1 - 1e-4)
+            self.delta_scale_raw.fill_(math.log(share / (1 - share)))
+        if self.delta_o_rmsnorm_weight is not None:
+            self.delta_o_rmsnorm_weight.fill_(1)
+
+    def read(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        write: bool = True,
+        segment_ids: Tensor | None = None,
+        num_segments: int | None = None,
+    ) -> MemoryRead:
+        """Reads the memory for each token, and writes it.
+
+        Args:
+            x: the layer's hidden states, `[B, T, hidden]`, any float dtype.
+            state: `[B, H, R, R]`, float32 (float64 where x is); None means zeros.
+            mask: `[B, T]` bool. A token that is False reads zeros and writes nothing.
+            write: False leaves the state as it is, and every token reads that.
+            segment_ids: `[B, T]` int32 or int64. With it a message (or sentence) writes once, its mean hidden state,
+                in the order of the ids, a negative one nothing; and every token reads the state from before. Without
+                it each token writes, and reads what the tokens before it left.
+            num_segments: more than the largest id; needed with segment_ids.
+
+        Returns:
+            MemoryRead: reads, the new state, and what was written. Differentiable in x, state and the weights.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit, before anything runs.
+        """
+        self._check(x, state, mask, segment_ids, num_segments)
+        config = self.config
+        if state is None:
+            size = (x.shape[0], config.num_state_heads, config.rank, config.rank)
+            state = x.new_zeros(size, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        q, k, v, beta, decay = self._project(x)
+        mode = config.state_update_mode
+        if write and segment_ids is None:
+            reads, after = delta_update(q, k, v, beta, decay, mode=mode, initial_state=state, mask=mask)
+            return MemoryRead(reads, after, Writes(k, v, beta, decay, mask, mode))
+        if mask is not None:
+            q = q.masked_fill(~mask[:, :, None, None], 0)
+        reads = torch.einsum("bhij,bthj->bthi", state, q)
+        if write and segment_ids is not None and num_segments is not None:
+            means, written = segment_mean(x, segment_ids, num_segments, mask)
+            state = delta_update(*self._project(means), mode=mode, initial_state=state, mask=written).final_state
+        return MemoryRead(reads, state, None)
+
+    def correct(self, base: Tensor, reads: Tensor, head: str, *, out: Tensor | None = None) -> Tensor:
+        """The output of a projection, corrected by what was read; `base` itself where the head is not corrected.
+
+        Args:
+            base: `[B, T, out]`, the output of the projection.
+            reads: `[B, T, H, R]`, from `read`.
+            head: "q", "k", "v" or "o".
+            out: where the result goes, `base` itself for example; None allocates.
+
+        Returns:
+            `base + scale · reads Wᵀ`, with the RMSNorm of o's correction where there is one, in base's dtype.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit, before anything runs.
+        """
+        if head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+        config = self.config
+        if head not in config.delta_heads:
+            return base if out is None or out is base else out.copy_(base)
+        scale: float | Tensor = config.alpha / config.rank
+        if self.delta_scale_raw is not None:
+            raw = self.delta_scale_raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
+            scale = scale * (torch.sigmoid(raw) * config.delta_scale_max)
+        norm = self.delta_o_rmsnorm_weight if head == "o" else None
+        weight = getattr(self, f"delta_{head}_proj")
+        return attention_correction(
+            base, reads, weight, scale, norm_weight=norm, norm_eps=config.delta_o_rmsnorm_eps, out=out
+        )
+
+    def _project(self, x: Tensor):
+        weight = torch.cat([self.memory_q_proj, self.memory_k_proj, self.memory_v_proj])
+        apart = self.config.state_update_mode != "no_lambda"  # which has λ = 1, whether there are weights or not
+        return memory_projection(
+            x,
+            weight,
+            self.beta_proj,
+            self.beta_bias,
+            self.lambda_proj if apart else None,
+            self.lambda_bias if apart else None,
+            heads=self.config.num_state_heads,
+            normalize=self.config.normalize_qk,
+        )
+
+    def _check(self, x, state, mask, segment_ids, num_segments) -> None:
+        check_float("x", x, f"[B, T, hidden={self.hidden_size}]")
+        if x.ndim != 3 or x.shape[2] != self.hidden_size:
+            fail(ValueError, "x", f"[B, T, hidden={self.hidden_size}]", x)
+        if state is not None:
+            heads, rank = self.config.num_state_heads, self.config.rank
+            check_float("state", state, "[B, H, R, R]")
+            check_shape("state", state, ((x.shape[0], heads, rank, rank),), "[B, H, R, R]")
+            if state.dtype not in (torch.float32, torch.float64):
+                fail(TypeError, "state", "float32 or float64", state)
+        if mask is not None:
+            check_mask(mask, (x.shape[0], x.shape[1]), x.device)
+        if (segment_ids is None) != (num_segments is None):
+            missing = "num_segments" if num_segments is None else "segment_ids"
+            raise ValueError(f"segment_ids and num_segments go together, got no {missing}")
+
+    def extra_repr(self) -> str:
+        config = self.config
+        corrected = ", ".join(config.delta_heads) or "nothing"
+        return f"hidden={self.hidden_size}, heads={config.num_state_heads}, rank={config.rank}, corrects {corrected}"

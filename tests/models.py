@@ -1,0 +1,69 @@
+"""Small random models of transformers, with and without a memory."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+from deltamem_kernels.integrations.transformers import attach_memory, memory_layers
+from deltamem_kernels.nn import DeltaMemConfig
+
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layers": [1, 0]}),
+}
+MEMORIES = [
+    {"delta_heads": ("q", "o")},
+    {},
+    {"num_state_heads": 4, "rank": 4, "delta_heads": ("q", "o")},
+    {"couple_lambda": False, "state_update_mode": "lambda_outside", "delta_o_rmsnorm": True},
+]
+CLOSE = 2e-5  # of ‖logits‖: two orders of the same float32 sums, through two layers
+VOCABULARY = 99
+
+
+def backbone(kind: str = "llama", attention: str = "sdpa", **more):
+    config, model, special = ARCHITECTURES[kind]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    fields = {**sizes, **tokens, "intermediate_size": 96, "max_position_embeddings": 512, **special, **more}
+    config = config(**fields)
+    config._attn_implementation = attention
+    built = model(config).eval().requires_grad_(False)
+    built.generation_config.pad_token_id = 0
+    return built
+
+
+def remembering(kind: str = "llama", attention: str = "sdpa", backbone_fields=None, **fields):
+    """A model whose memory is random and has a say in the logits."""
+    model = backbone(kind, attention, **(backbone_fields or {}))
+    attach_memory(model, DeltaMemConfig(**fields))
+    with torch.no_grad():
+        for _, layer in memory_layers(model):
+            for name, weight in layer.delta_memory.named_parameters():
+                if weight.requires_grad:
+                    weight.add_(torch.randn_like(weight) * (0.1 if name.endswith("proj") else 0.5))
+    return model
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(2, VOCABULARY, (batch, length))
+
+
+@torch.no_grad()
+def logits(model, ids, **more):
+    return model(input_ids=ids, **more).logits

@@ -1,0 +1,236 @@
+"""Adapters and states on disk: they come back as they were, and a file that is damaged or foreign changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from models import backbone, logits, remembering, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+
+from deltamem_kernels.integrations.transformers import (
+    attach_memory,
+    detach_memory,
+    get_memory,
+    load_adapter,
+    load_memory,
+    memory_layers,
+    save_adapter,
+    save_memory,
+    set_memory,
+    states,
+)
+from deltamem_kernels.nn import DeltaMemConfig
+
+FIELDS = [
+    {"delta_heads": ("q", "o"), "output_init": "base_slice"},
+    {"num_state_heads": 2, "couple_lambda": False, "trainable_delta_scale": True, "delta_o_rmsnorm": True},
+]
+WEIGHTS = "delta_mem_adapter.safetensors"
+
+
+def bare(model):
+    """The same backbone without its memory."""
+    model = copy.deepcopy(model)
+    detach_memory(model)
+    return model
+
+
+def authors_file(model, folder) -> None:
+    """What the δ-mem authors' code writes: a flat dict of tensors, and the configuration."""
+    weights = {
+        f"{name}.{n}": p.detach() for name, m in memory_layers(model) for n, p in m.delta_memory.named_parameters()
+    }
+    memory_layers(model)[0][1].delta_memory.config.save(folder)
+    torch.save(weights, folder / "delta_mem_adapter.pt")
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@pytest.mark.parametrize("save", [save_adapter, authors_file])
+def test_saved_and_loaded(save, fields, tmp_path):
+    model, ids = remembering("qwen3", **fields), tokens(2, 11)
+    exact = logits(model, ids)
+    save(model, tmp_path)
+    fresh = bare(model)
+    assert not torch.equal(logits(fresh, ids), exact)
+    config = load_adapter(fresh, tmp_path)
+    assert config == model.model.layers[0].self_attn.delta_memory.config
+    assert all(layer.delta_memory.config == config for _, layer in memory_layers(fresh))
+    assert torch.equal(logits(fresh, ids), exact)
+    attached = bare(model)
+    attach_memory(attached, config)
+    load_adapter(attached, tmp_path)
+    assert torch.equal(logits(attached, ids), exact)
+
+
+def test_what_corrects_nothing_stays_zero(tmp_path):
+    """The authors' code keeps weights for every projection, and uses those of delta_heads."""
+    model, ids = remembering(delta_heads=("o",)), tokens(1, 7)
+    authors_file(model, tmp_path)
+    weights = torch.load(tmp_path / "delta_mem_adapter.pt", weights_only=True)
+    for name in weights:
+        if name.endswith("delta_q_proj"):
+            weights[name] = torch.randn_like(weights[name])
+    torch.save(weights, tmp_path / "delta_mem_adapter.pt")
+    fresh = bare(model)
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh, ids), logits(model, ids))
+    assert not fresh.model.layers[0].self_attn.delta_memory.delta_q_proj.any()
+
+
+def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
+    first, second = remembering(), remembering()
+    save_adapter(first, tmp_path)
+    save_adapter(second, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [WEIGHTS, "delta_mem_config.json"]
+    written = load_file(tmp_path / WEIGHTS)
+    for name, layer in memory_layers(second):
+        for n, p in layer.delta_memory.named_parameters():
+            assert torch.equal(written[f"{name}.{n}"], p)
+    with pytest.raises(ValueError, match="the model has no memory"):
+        save_adapter(backbone(), tmp_path)
+
+
+def shorten(folder, name=WEIGHTS) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+def rewrite(change):
+    def spoil(folder) -> None:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            metadata = file.metadata()
+        weights = load_file(folder / WEIGHTS)
+        change(weights, metadata)
+        save_file(weights, folder / WEIGHTS, metadata)
+
+    return spoil
+
+
+def change_config(folder) -> None:
+    path = folder / "delta_mem_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alpha": 3.0}))
+
+
+NAME = "model.layers.0.self_attn.beta_proj"
+SPOILT = {
+    "truncated": (shorten, ValueError, "not a whole safetensors file"),
+    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), ValueError, "not a whole safetensors file"),
+    "missing": (lambda folder: (folder / WEIGHTS).unlink(), FileNotFoundError, "no such file"),
+    "no config": (lambda folder: (folder / "delta_mem_config.json").unlink(), FileNotFoundError, "delta_mem_config"),
+    "foreign": (rewrite(lambda w, m: m.clear()), ValueError, "not the weights of a memory"),
+    "other config": (change_config, ValueError, "saved with another configuration"),
+    "lacking": (rewrite(lambda w, m: w.pop(NAME)), ValueError, f"it lacks {NAME}"),
+    "surplus": (rewrite(lambda w, m: w.update(more=torch.zeros(1))), ValueError, "it has also more"),
+    "size": (rewrite(lambda w, m: w.update({NAME: torch.zeros(8, 65)})), ValueError, r"got float32 \[8, 65\]"),
+    "dtype": (rewrite(lambda w, m: w.update({NAME: torch.zeros(8, 64).int()})), ValueError, "must be floating"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("kind", SPOILT)
+def test_a_spoilt_adapter_changes_nothing(kind, attached, tmp_path):
+    spoil, kind_of_error, message = SPOILT[kind]
+    save_adapter(remembering(), tmp_path)
+    spoil(tmp_path)
+    unchanged(remembering() if attached else backbone(), tmp_path, kind_of_error, message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04 nothing", "not a whole file of tensors"),
+        (b"", "not a whole file of tensors"),
+        (["a list"], "not a dict of tensors"),
+        ({"a": 1}, "not a dict of tensors"),
+        ({"a": torch.zeros(1)}, "it lacks"),
+        (DeltaMemConfig(), "not a whole file of tensors"),  # code that weights_only does not run
+    ],
+    ids=str,
+)
+def test_a_foreign_file_of_the_authors_name_changes_nothing(content, message, tmp_path):
+    DeltaMemConfig().save(tmp_path)
+    path = tmp_path / "delta_mem_adapter.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    unchanged(backbone(), tmp_path, ValueError, message)
+
+
+def unchanged(model, folder, kind_of_error, message) -> None:
+    ids = tokens(1, 6)
+    before, names = logits(model, ids), [n for n, _ in model.named_modules()]
+    with pytest.raises(kind_of_error, match=message):
+        load_adapter(model, folder)
+    assert [n for n, _ in model.named_modules()] == names
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_an_adapter_of_another_model(tmp_path):
+    save_adapter(remembering(), tmp_path)
+    unchanged(backbone(num_hidden_layers=3), tmp_path, ValueError, "it lacks model.layers.2")
+    unchanged(remembering(rank=4), tmp_path, ValueError, "another configuration")
+
+
+def test_a_saved_memory_goes_on_after_a_restart(tmp_path):
+    model, ids = remembering(), tokens(2, 15)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache)
+    save_memory(get_memory(cache), tmp_path / "memory.safetensors")
+    save_adapter(model, tmp_path)
+    restarted = bare(model)
+    load_adapter(restarted, tmp_path)
+    generated = []
+    for one, kept in ((model, get_memory(cache)), (restarted, load_memory(tmp_path / "memory.safetensors"))):
+        fresh = DynamicCache(config=one.config)
+        set_memory(one, fresh, kept)
+        generated.append(one.generate(ids[:, :4], max_new_tokens=8, do_sample=False, past_key_values=fresh))
+    assert torch.equal(*generated)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [WEIGHTS, "delta_mem_config.json", "memory.safetensors"]
+
+
+def test_spoilt_states(tmp_path):
+    path, kept = tmp_path / "memory", {0: torch.randn(1, 1, 8, 8), 1: torch.randn(1, 1, 8, 8)}
+    with pytest.raises(FileNotFoundError):
+        load_memory(path)
+    save_memory(kept, path)
+    assert all(torch.equal(kept[index], state) for index, state in load_memory(path).items())
+    shorten(tmp_path, "memory")
+    with pytest.raises(ValueError, match="memory: not a whole safetensors file"):
+        load_memory(path)
+    for metadata, message in (
+        ({}, "not the states of a memory, but format None"),
+        ({"format": "deltamem_kernels.states", "version": "2"}, "version '2', and this package reads '1'"),
+    ):
+        save_file({"layers.0": torch.zeros(1)}, path, metadata)
+        with pytest.raises(ValueError, match=message):
+            load_memory(path)
+    with pytest.raises(TypeError, match="states must be a dict"):
+        save_memory({"0": torch.zeros(1)}, path)
+    save_memory({0: torch.randn(1, 1, 4, 4), 1: torch.randn(1, 1, 4, 4)}, path)
+    model, cache = remembering(), DynamicCache()
+    with pytest.raises(
+        ValueError, match=r"states\[0\] must be float32 or float64 \[B, 1, 8, 8\], got float32 \[1, 1, 4, 4\]"
+    ):
+        set_memory(model, cache, load_memory(path))
+    assert get_memory(cache) == {}
+
+
+def test_a_failed_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "memory"
+    save_memory({0: torch.ones(1)}, path)
+
+    def half(tensors, name, metadata):
+        with open(name, "wb") as file:
+            file.write(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(states, "save_file", half)
+    with pytest.raises(OSError, match="the disk is full"):
+        save_memory({0: torch.zeros(1)}, path)
+    assert torch.equal(load_memory(path)[0], torch.ones(1))
+    assert [p.name for p in tmp_path.iterdir()] == ["memory"]

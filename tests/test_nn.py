@@ -1,0 +1,301 @@
+"""DeltaMemory and its configuration, against the formulas of δ-mem written out token by token in float64."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import FLOAT32_TOLERANCE, error
+from torch import Tensor
+
+from deltamem_kernels.nn import DeltaMemConfig, DeltaMemory
+from deltamem_kernels.nn.config import ARCHIVED, HEADS
+
+HIDDEN = 24
+OUT = {"q": 32, "k": 16, "v": 16, "o": 24}
+
+
+def memory(**fields) -> DeltaMemory:
+    """One whose weights are all random, so that nothing hides behind a zero."""
+    module = DeltaMemory(DeltaMemConfig(**fields), HIDDEN, OUT)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(torch.randn_like(weight) * (0.3 if name.endswith("proj") else 0.5))
+    return module
+
+
+def project(w: dict[str, Tensor], c: DeltaMemConfig, x: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v `[H, R]`, β and λ `[H, R]` of one token."""
+    H, R = c.num_state_heads, c.rank
+    q, k, v = ((w[f"memory_{n}_proj"] @ x).view(H, R) for n in "qkv")
+    if c.normalize_qk:
+        q, k = (y / y.norm(dim=-1, keepdim=True).clamp_min(1e-6) for y in (q.tanh(), k.tanh()))
+    beta = torch.sigmoid(w["beta_proj"] @ x + w["beta_bias"]).view(H, -1).expand(H, R)
+    if c.state_update_mode == "no_lambda":
+        decay = torch.ones_like(beta)
+    elif c.couple_lambda:
+        decay = 1 - beta
+    else:
+        decay = torch.sigmoid(w["lambda_proj"] @ x + w["lambda_bias"]).view(H, -1).expand(H, R)
+    return q, k, v, beta, decay
+
+
+def wrote(S: Tensor, c: DeltaMemConfig, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
+    erase = decay * beta if c.state_update_mode == "lambda_outside" else beta
+    rows = []
+    for h in range(c.num_state_heads):
+        held = S[h] @ k[h]
+        rows.append(decay[h][:, None] * S[h] + torch.outer(beta[h] * v[h] - erase[h] * held, k[h]))
+    return torch.stack(rows)
+
+
+def naive(module: DeltaMemory, x: Tensor, state: Tensor, mask=None, write=True, ids=None) -> tuple[Tensor, Tensor]:
+    """Reads and the state behind, one token after another."""
+    c, w = module.config, {n: p.double() for n, p in module.named_parameters()}
+    reads, states = [], []
+    for b in range(x.shape[0]):
+        S, row = state[b].double(), []
+        live = [mask is None or bool(mask[b, t]) for t in range(x.shape[1])]
+        for t in range(x.shape[1]):
+            q, *rest = project(w, c, x[b, t].double())
+            row.append((S @ q[:, :, None])[..., 0] if live[t] else torch.zeros_like(q))
+            if live[t] and write and ids is None:
+                S = wrote(S, c, *rest)
+        if write and ids is not None:
+            for message in sorted(set(ids[b].tolist()) - {-1}):
+                tokens = [t for t in range(x.shape[1]) if live[t] and ids[b, t] == message]
+                if tokens:
+                    S = wrote(S, c, *project(w, c, x[b, tokens].double().mean(0))[1:])
+        reads.append(torch.stack(row))
+        states.append(S)
+    return torch.stack(reads), torch.stack(states)
+
+
+def corrected(module: DeltaMemory, base: Tensor, reads: Tensor, head: str) -> Tensor:
+    c, w = module.config, {n: p.double() for n, p in module.named_parameters()}
+    delta = reads.double().flatten(2) @ w[f"delta_{head}_proj"].T * c.alpha / c.rank
+    if c.trainable_delta_scale:
+        raw = w["delta_scale_raw"][HEADS.index(head) if c.delta_scale_granularity == "head" else 0]
+        delta = delta * torch.sigmoid(raw) * c.delta_scale_max
+    if c.delta_o_rmsnorm and head == "o":
+        delta = delta / (delta.pow(2).mean(-1, keepdim=True) + c.delta_o_rmsnorm_eps).sqrt()
+        delta = delta * w["delta_o_rmsnorm_weight"]
+    return base.double() + delta
+
+
+VARIANTS = [
+    {},
+    {"num_state_heads": 4, "rank": 4},
+    {"state_update_mode": "lambda_outside", "couple_lambda": False},
+    {"state_update_mode": "no_lambda", "couple_lambda": False, "num_state_heads": 2},
+    {"rankwise_gates": False, "num_state_heads": 3, "couple_lambda": False, "rank": 5},
+    {"normalize_qk": False, "alpha": 3.0},
+    {"delta_o_rmsnorm": True, "trainable_delta_scale": True},
+    {"trainable_delta_scale": True, "delta_scale_granularity": "head", "delta_scale_max": 3.0},
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("writing", ["token", "off", "segments"])
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_forward_and_gradients(fields, writing, masked):
+    module = memory(**fields)
+    c, B, T = module.config, 2, 11
+    x = torch.randn(B, T, HIDDEN, requires_grad=True)
+    state = torch.randn(B, c.num_state_heads, c.rank, c.rank, requires_grad=True)
+    mask = torch.rand(B, T) < 0.7 if masked else None
+    ids = torch.randint(-1, 4, (B, T)) if writing == "segments" else None
+    options = {} if ids is None else {"segment_ids": ids, "num_segments": 5}
+    out = module.read(x, state, mask=mask, write=writing != "off", **options)
+    exact = naive(module, x, state, mask, writing != "off", ids)
+    assert error(out.reads, exact[0]) <= FLOAT32_TOLERANCE
+    assert error(out.state, exact[1]) <= FLOAT32_TOLERANCE
+    ours, theirs = [out.state], [exact[1]]
+    for head in HEADS:
+        base = torch.randn(B, T, OUT[head])
+        ours.append(module.correct(base, out.reads, head))
+        theirs.append(corrected(module, base, exact[0], head))
+        assert error(ours[-1], theirs[-1]) <= FLOAT32_TOLERANCE
+    weights = [torch.randn_like(y) for y in ours]
+    leaves = {"x": x, "state": state, **dict(module.named_parameters())}
+
+    def gradients(results):
+        total = sum((y * w).sum() for y, w in zip(results, weights, strict=True))
+        return torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+
+    for name, g, e in zip(leaves, gradients(ours), gradients(theirs), strict=True):
+        if e is None or not e.any():
+            assert g is None or not g.any(), name
+        else:
+            assert error(g, e) <= 1e-4, name  # a chain of a hundred float32 steps; exact in the operations' own tests
+
+
+def test_any_cut_gives_the_whole():
+    module, x = memory(num_state_heads=2), torch.randn(3, 17, HIDDEN)
+    whole = module.read(x)
+    for cut in (1, 8, 16):
+        first = module.read(x[:, :cut])
+        second = module.read(x[:, cut:], first.state)
+        assert error(torch.cat([first.reads, second.reads], 1), whole.reads) <= 1e-6
+        assert error(second.state, whole.state) <= 1e-6
+
+
+def test_what_was_written_can_be_written_in_part():
+    module, x = memory(), torch.randn(2, 9, HIDDEN)
+    mask, start = torch.rand(2, 9) < 0.7, torch.randn(2, 1, 8, 8)
+    out = module.read(x, start, mask=mask)
+    for tokens in (0, 1, 5, 9):
+        shorter = module.read(x[:, :tokens], start, mask=mask[:, :tokens]).state
+        assert error(out.writes.first(tokens).onto(start), shorter) <= 1e-6
+    assert module.read(x, write=False).writes is None
+
+
+def test_beside_a_backbone_of_16_bits():
+    module, x = memory(), torch.randn(2, 9, HIDDEN, dtype=torch.bfloat16)
+    out = module.read(x)
+    assert (out.reads.dtype, out.state.dtype) == (torch.float32, torch.float32)
+    assert error(out.reads, naive(module, x, torch.zeros(2, 1, 8, 8))[0]) <= FLOAT32_TOLERANCE
+    base = torch.randn(2, 9, 32, dtype=torch.bfloat16)
+    assert module.correct(base, out.reads, "q").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("heads", [(), ("o",), ("q", "o"), ("k", "v")])
+def test_heads_that_correct_nothing(heads):
+    module, base = memory(delta_heads=heads), torch.randn(1, 3, 32)
+    reads = module.read(torch.randn(1, 3, HIDDEN)).reads
+    for head in HEADS:
+        weight = getattr(module, f"delta_{head}_proj")
+        assert weight.requires_grad == (head in heads)
+        if head not in heads:
+            assert not weight.any()
+            assert module.correct(base, reads, head) is base
+
+
+@pytest.mark.parametrize("init", ["zero", "random", "base_slice", "base_slice_fixed"])
+def test_starts(init):
+    config = DeltaMemConfig(
+        output_init=init, rank=6, base_slice_ref_width=4, num_state_heads=2, couple_lambda=False, delta_heads="q,o"
+    )
+    base = {head: torch.randn(OUT[head], 40) for head in HEADS}
+    module = DeltaMemory(config, HIDDEN, OUT, base)
+    bound = 1 / HIDDEN**0.5  # of Kaiming's uniform distribution with a = sqrt(5)
+    for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj"):
+        weight = getattr(module, name)
+        assert weight.shape == (12, HIDDEN)
+        assert 0.8 * bound < weight.abs().max() <= bound
+    assert not module.beta_proj.any()
+    assert not module.lambda_proj.any()
+    assert torch.equal(module.beta_bias, torch.full((12,), -1.5))
+    assert torch.equal(module.lambda_bias, torch.full((12,), 1.5))
+    for head in HEADS:
+        weight = getattr(module, f"delta_{head}_proj").detach()
+        if head not in ("q", "o") or init == "zero":
+            assert not weight.any()
+        elif init == "random":
+            assert 0.8 * 0.05 / 12**0.5 < weight.abs().max() <= 0.05 / 12**0.5
+        else:
+            columns = 6 if init == "base_slice" else 4
+            unit = base[head][:, :columns] / base[head][:, :columns].norm(dim=0)
+            assert error(weight[:, :columns], unit * 0.05) <= 1e-6
+            assert not weight[:, columns:].any()
+
+
+def test_scale_starts_where_it_is_told():
+    module = DeltaMemory(DeltaMemConfig(trainable_delta_scale=True, delta_scale_init=0.3), HIDDEN, OUT)
+    assert torch.sigmoid(module.delta_scale_raw).item() * 2 == pytest.approx(0.3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 5, 7)}, "x must be .*hidden=24.*got float32 .2, 5, 7."),
+        ({"x": torch.zeros(5, HIDDEN)}, "x must be"),
+        ({"x": torch.zeros(2, 5, HIDDEN).int()}, "x must be .*got int32"),
+        ({"state": torch.zeros(3, 1, 8, 8)}, "state must be .* = .2, 1, 8, 8., got float32 .3, 1, 8, 8."),
+        ({"state": torch.zeros(2, 1, 8, 8).bfloat16()}, "state must be float32 or float64, got bfloat16"),
+        ({"mask": torch.ones(2, 5)}, "mask must be a bool tensor"),
+        ({"mask": torch.ones(2, 4) > 0}, "mask must be"),
+        ({"segment_ids": torch.zeros(2, 5).long()}, "no num_segments"),
+        ({"num_segments": 1}, "no segment_ids"),
+        ({"segment_ids": torch.zeros(2, 4).long(), "num_segments": 1}, "segment_ids must be"),
+    ],
+    ids=str,
+)
+def test_bad_input(change, message):
+    arguments = {"x": torch.zeros(2, 5, HIDDEN), **change}
+    with pytest.raises((TypeError, ValueError), match=message):
+        memory().read(**arguments)
+
+
+def test_bad_modules():
+    with pytest.raises(ValueError, match="out_features must name q, k, v, o, got q"):
+        DeltaMemory(DeltaMemConfig(), HIDDEN, {"q": 3})
+    with pytest.raises(ValueError, match=r"base_weights\['q'\] must be the floating weight .*base_slice.*got NoneType"):
+        DeltaMemory(DeltaMemConfig(output_init="base_slice"), HIDDEN, OUT)
+    with pytest.raises(TypeError, match="dtype must be a floating one"):
+        DeltaMemory(DeltaMemConfig(), HIDDEN, OUT, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="head must be one of q, k, v, o, got 'x'"):
+        memory().correct(torch.zeros(1, 1, 32), torch.zeros(1, 1, 1, 8), "x")
+
+
+def test_configuration_goes_to_disk_and_back(tmp_path):
+    config = DeltaMemConfig(rank=4, delta_heads=("q", "o"), target_layers=(1, 3), alpha=8, num_state_heads=4)
+    config.save(tmp_path)
+    written = json.loads((tmp_path / "delta_mem_config.json").read_text())
+    assert written["delta_heads"] == ["q", "o"]
+    assert written["alpha"] == 8.0
+    assert ARCHIVED.items() <= written.items()
+    assert DeltaMemConfig.load(tmp_path) == config
+    assert DeltaMemConfig.from_dict({}) == DeltaMemConfig()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"rnak": 8, "alhpa": 1}, "does not have: 'alhpa', 'rnak'"),
+        ({"num_memory_partitions": 2}, "num_memory_partitions is archived: it must be 1"),
+        ({"latent_memory_layers": [3]}, "latent_memory_layers is archived"),
+        ({"rank": 0}, "rank must be from 1 to 128, got 0"),
+        ({"rank": 8.0}, "rank must be int, got float 8.0"),
+        ({"rank": True}, "rank must be int, got bool"),
+        ({"alpha": "16"}, "alpha must be float, got str '16'"),
+        ({"alpha": float("nan")}, "alpha must be finite"),
+        ({"normalize_qk": 1}, "normalize_qk must be bool, got int 1"),
+        ({"state_update_mode": "fast"}, "mode must be one of"),
+        ({"memory_write_granularity": "message_proposals"}, "memory_write_granularity must be one of"),
+        ({"delta_heads": ["q", "x"]}, "delta_heads must be some of q, k, v, o"),
+        ({"delta_heads": ["q", "q"]}, "each once"),
+        ({"delta_heads": [1]}, "delta_heads must be a list of str"),
+        ({"target_layers": ["1"]}, "target_layers must be a list of int"),
+        ({"delta_scale_init": 2.0}, "delta_scale_init must be between 0 and delta_scale_max=2.0"),
+        ({"delta_o_rmsnorm_eps": 0.0}, "delta_o_rmsnorm_eps must be greater than 0"),
+        ({"num_state_heads": 0}, "num_state_heads must be at least 1"),
+        ([], "a configuration must be a dict"),
+    ],
+    ids=str,
+)
+def test_bad_configurations(data, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        DeltaMemConfig.from_dict(data)
+    (tmp_path / "delta_mem_config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message) as caught:
+        DeltaMemConfig.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_file_that_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        DeltaMemConfig.load(tmp_path)
+    (tmp_path / "delta_mem_config.json").write_text('{"rank": 8')
+    with pytest.raises(ValueError, match=r"delta_mem_config\.json"):
+        DeltaMemConfig.load(tmp_path)
+
+
+def test_configurations_are_values():
+    config = DeltaMemConfig(delta_heads="q, o")
+    assert config.delta_heads == ("q", "o")
+    assert replace(config, rank=4) != config
+    assert hash(config) == hash(DeltaMemConfig(delta_heads=["q", "o"]))

@@ -1,0 +1,546 @@
+"""A memory attached to small random models of transformers."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from models import ARCHITECTURES, CLOSE, MEMORIES, VOCABULARY, backbone, logits, remembering, tokens
+from problems import error
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import (
+    DynamicCache,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from deltamem_kernels.integrations.transformers import (
+    MemoryCall,
+    attach,
+    attach_memory,
+    detach_memory,
+    get_memory,
+    memory_layers,
+    set_memory,
+)
+from deltamem_kernels.integrations.transformers.masks import token_mask
+from deltamem_kernels.nn import DeltaMemConfig
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small lose more to threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_fresh_memory_changes_no_logit(kind, attention):
+    model, ids = backbone(kind, attention), tokens(2, 13)
+    before = logits(model, ids)
+    names = attach_memory(model, DeltaMemConfig())
+    assert names == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert torch.equal(logits(model, ids), before)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"{name}.delta_memory.{weight}"
+        for name in names
+        for weight in [
+            "beta_proj",
+            "beta_bias",
+            *(f"memory_{n}_proj" for n in "qkv"),
+            *(f"delta_{n}_proj" for n in "qkvo"),
+        ]
+    }
+
+
+@pytest.mark.parametrize("fields", MEMORIES, ids=str)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_token_by_token_is_one_shot(kind, fields):
+    model, ids = remembering(kind, **fields), tokens(2, 12)
+    whole = logits(model, ids, use_cache=False)
+    changed = error(whole, logits_without(model, ids))
+    assert changed > 1e-2  # the memory has a say
+    cache = DynamicCache(config=model.config)
+    steps = [logits(model, part, past_key_values=cache) for part in ids.split([5, *[1] * 6, 1], dim=1)]
+    assert error(torch.cat(steps, 1), whole) <= CLOSE
+    with MemoryCall(model) as call:
+        logits(model, ids, use_cache=False)
+    for index, state in get_memory(cache).items():
+        assert state.dtype == torch.float32
+        assert error(state, call.states[index]) <= CLOSE
+
+
+def logits_without(model, ids):
+    model = copy.deepcopy(model)
+    detach_memory(model)
+    return logits(model, ids)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_padding(kind, attention):
+    """On either side: a padded row gives what it gives alone, and its state."""
+    model, lengths, longest = remembering(kind, attention), (5, 9, 12), 12
+    for left in (True, False):
+        rows = [tokens(1, n) for n in lengths]
+        ids, mask = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.long)
+        places = [slice(longest - n, None) if left else slice(0, n) for n in lengths]
+        for b, (row, place) in enumerate(zip(rows, places, strict=True)):
+            ids[b, place], mask[b, place] = row[0], 1
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        cache = DynamicCache(config=model.config)
+        batch = logits(model, ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        for b, (row, place) in enumerate(zip(rows, places, strict=True)):
+            alone = DynamicCache(config=model.config)
+            assert error(batch[b, place], logits(model, row, past_key_values=alone)[0]) <= CLOSE
+            for index, state in get_memory(alone).items():
+                assert error(get_memory(cache)[index][b], state[0]) <= CLOSE
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_masks_of_four_dimensions(kind):
+    """Boolean and additive ones, as a caller may give them."""
+    model, ids = remembering(kind), tokens(2, 8)
+    real = torch.arange(8)[None] >= torch.tensor([[0], [3]])
+    allowed = torch.ones(8, 8).tril().bool() & real[:, None, :]
+    boolean = (allowed | torch.eye(8).bool() & real[:, :, None])[:, None]
+    additive = torch.zeros(boolean.shape).masked_fill(~boolean, torch.finfo(torch.float32).min)
+    positions = (real.long().cumsum(1) - 1).clamp_min(0)
+    exact = logits(model, ids[1:, 3:])[0]
+    for mask in (boolean, additive):
+        assert error(logits(model, ids, attention_mask=mask, position_ids=positions)[1, 3:], exact) <= CLOSE
+
+
+def test_flex_attention():
+    """Its mask is a program; a padded batch gives what it gives with sdpa."""
+    model, ids, mask = remembering(attention="flex_attention"), tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    flex = logits(model, ids, **given)
+    model.set_attn_implementation("sdpa")
+    exact = logits(model, ids, **given)
+    assert error(flex[mask.bool()], exact[mask.bool()]) <= CLOSE
+
+
+def test_block_masks_behind_a_cache():
+    real = torch.tensor([[True] * 6, [False] * 4 + [True] * 2])
+    block = create_block_mask(lambda b, h, q, k: (k <= q + 3) & real[b, k], 2, None, 3, 6, device="cpu", BLOCK_SIZE=2)
+    assert token_mask(block, 2, 3, 3).tolist() == [[True] * 3, [False, True, True]]
+
+
+def test_the_mask_of_tokens():
+    row = torch.tensor([[0, 1, 1, 1]])
+    assert token_mask(None, 1, 2, 0) is None
+    assert token_mask(row, 1, 4, 0).tolist() == [[False, True, True, True]]
+    assert token_mask(row, 1, 1, 3).tolist() == [[True]]
+    static = torch.zeros(1, 1, 2, 9, dtype=torch.bool)  # of nine places three are taken, the tokens come to 3 and 4
+    static[0, 0, 1, 4] = True
+    assert token_mask(static, 2, 2, torch.tensor(3)).tolist() == [[False, True]] * 2
+    window = torch.tensor([[[[0.0, -1e9, 0.0]]]]).masked_fill(torch.tensor([True, False, False]), float("-inf"))
+    assert token_mask(window, 1, 1, 50).tolist() == [[True]]
+    rolled = torch.tensor([[[[0, 0, 1, 0], [0, 0, 0, 0]]]]).bool()  # two tokens behind two that are kept
+    assert token_mask(rolled, 1, 2, 50).tolist() == [[True, False]]
+    for bad in (torch.zeros(2, 4), torch.zeros(1, 3), torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 4)):
+        with pytest.raises(ValueError, match="attention_mask must be"):
+            token_mask(bad, 1, 4, 0)
+    with pytest.raises(TypeError, match=r"attention_mask must be a tensor, a BlockMask or None.*got dict"):
+        token_mask({}, 1, 4, 0)
+    with pytest.raises(TypeError, match=r"bool or floating, got torch\.int64"):
+        token_mask(torch.zeros(1, 1, 4, 4).long(), 1, 4, 0)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_generate(kind, cache):
+    """With a cache, a padded batch too, as without any."""
+    model, new = remembering(kind), 9
+    rows = [tokens(1, n) for n in (4, 7)]
+    ids, mask = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids[b, 7 - row.shape[1] :], mask[b, 7 - row.shape[1] :] = row[0], 1
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, cache_implementation=cache)
+    for b, row in enumerate(rows):
+        for _ in range(new):
+            row = torch.cat([row, logits(model, row, use_cache=False)[:, -1:].argmax(-1)], 1)
+        assert torch.equal(batch[b, 7:], row[0, -new:])
+
+
+def test_sliding_windows():
+    for fields in ({"sliding_window": 4}, {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2}):
+        model, ids = remembering("mistral", backbone_fields=fields), tokens(2, 14)
+        whole = logits(model, ids, use_cache=False)
+        static = StaticCache(config=model.config, max_cache_len=20)
+        for cache, cuts in ((DynamicCache(config=model.config), [6, 3, *[1] * 5]), (static, [6, *[1] * 8])):
+            parts = [logits(model, part, past_key_values=cache) for part in ids.split(cuts, dim=1)]
+            assert error(torch.cat(parts, 1), whole) <= CLOSE
+
+
+def test_beams_take_their_states_along():
+    """Beam search over the cache gives what it gives where each step starts from the beginning."""
+    model, ids = remembering(), tokens(2, 5)
+    options = {"max_new_tokens": 8, "num_beams": 4, "do_sample": False, "num_return_sequences": 4}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    cached = model.generate(ids, **options)
+    plain = model.generate(ids, **options, use_cache=False)
+    assert (cached.beam_indices[:, :8].diff(dim=1) != 0).any()  # beams did change places
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert error(cached.sequences_scores, plain.sequences_scores) <= CLOSE
+
+
+def test_selecting_repeating_and_resetting():
+    model, ids = remembering(), tokens(3, 6)
+    whole = logits(model, ids, use_cache=False)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids[:, :4], past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_repeat_interleave(2)
+    rest = logits(model, ids[[2, 2, 0, 0], 4:], past_key_values=copy.deepcopy(cache))
+    assert error(rest, whole[[2, 2, 0, 0], 4:]) <= CLOSE
+    assert [state.shape for state in get_memory(cache).values()] == [(4, 1, 8, 8)] * 2  # the copy has gone on alone
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    for _ in range(2):
+        assert error(logits(model, ids, past_key_values=cache), whole) <= CLOSE
+        assert len(get_memory(cache)) == 2
+        cache.reset()
+        assert get_memory(cache) == {}
+
+
+@pytest.mark.parametrize("fields", MEMORIES, ids=str)
+def test_crop_leaves_no_trace(fields):
+    model, ids, drafts = remembering(**fields), tokens(2, 9), tokens(2, 30)
+    for cuts in ([9], [4, 1, 4], [1] * 9):
+        cache, straight = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        logits(model, ids[:, :4], past_key_values=straight)
+        for part in ids.split(cuts, dim=1):
+            logits(model, part, past_key_values=cache)
+        logits(model, drafts, past_key_values=cache)
+        cache.crop(-32)  # the drafts, and two tokens before
+        cache.crop(-3)  # and three
+        for index, state in get_memory(cache).items():
+            assert error(state, get_memory(straight)[index]) <= 1e-6
+        ours, theirs = (logits(model, ids[:, 4:], past_key_values=c) for c in (cache, straight))
+        assert error(ours, theirs) <= CLOSE
+
+
+def test_crop_of_more_than_is_kept():
+    model, ids = remembering(), tokens(1, 4)
+    cache = DynamicCache(config=model.config)
+    for _ in range(3):
+        logits(model, ids, past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([0]))
+    logits(model, ids, past_key_values=cache)
+    before = {index: state.clone() for index, state in get_memory(cache).items()}
+    with pytest.raises(ValueError, match="the memory can take back 4 tokens here, not 5"):
+        cache.crop(-5)
+    assert cache.get_seq_length() == 16
+    assert all(torch.equal(state, before[index]) for index, state in get_memory(cache).items())
+    cache.crop(-4)
+    assert cache.get_seq_length() == 12
+    for _ in range(200):
+        logits(model, ids[:, :1], past_key_values=cache)
+    assert len(cache.memory[0].steps) == 128
+    cache.crop(-128)
+    with pytest.raises(ValueError, match="the memory can take back 0 tokens here, not 1"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize("draft", ["lookup", "same", "other"])
+def test_assisted_decoding(draft):
+    model, ids = remembering(), tokens(1, 12).repeat(1, 2)
+    assistant = {"lookup": None, "same": copy.deepcopy(model), "other": remembering()}[draft]
+    options = {"prompt_lookup_num_tokens": 4} if draft == "lookup" else {"assistant_model": assistant}
+    usual = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": VOCABULARY}  # which no model says
+    assert torch.equal(model.generate(ids, **usual, **options), model.generate(ids, **usual))
+
+
+def test_two_conversations_on_one_model():
+    """Bit for bit what each is alone."""
+    model, ids = remembering(), [tokens(1, 15), tokens(2, 15)]
+    parts = [x.split([4, 1, 1, 5, 1, 3], dim=1) for x in ids]
+
+    def alone(parts):
+        cache = DynamicCache(config=model.config)
+        return [logits(model, part, past_key_values=cache) for part in parts]
+
+    exact = [alone(p) for p in parts]
+    caches = [DynamicCache(config=model.config) for _ in ids]
+    for turn in range(6):
+        for conversation in (0, 1):
+            ours = logits(model, parts[conversation][turn], past_key_values=caches[conversation])
+            assert torch.equal(ours, exact[conversation][turn])
+
+
+def test_two_threads_on_one_model():
+    model, ids = remembering(), [tokens(1, 40) for _ in range(4)]
+    exact = [logits(model, x) for x in ids]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for ours, alone in zip(pool.map(lambda x: logits(model, x), ids), exact, strict=True):
+                assert torch.equal(ours, alone)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_checkpointed_gradients(kind, reentrant):
+    """The same as plain ones, also where the call starts from a state and does not write, or writes messages."""
+    for fields, options in (
+        ({}, {}),
+        ({}, {"write": False}),
+        ({"memory_write_granularity": "message_mean"}, {"message_ids": torch.randint(-1, 3, (2, 10))}),
+    ):
+        model, ids = remembering(kind, **fields), tokens(2, 10)
+        model.train()
+        states = {index: torch.randn(2, 1, 8, 8) for index in (0, 1)}
+        found = []
+        for checkpointed in (False, True):
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.enable_input_require_grads()
+            model.zero_grad()
+            with MemoryCall(model, states, **options) as call:
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            behind = dict(call.states)
+            loss.backward()
+            assert all(call.states[index] is behind[index] for index in (0, 1))  # not those of the second time
+            found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        assert any(grad is not None and grad.any() for grad in found[0].values())
+        for name, grad in found[0].items():
+            assert (grad is None) == (found[1][name] is None), name
+            assert grad is None or error(found[1][name], grad) <= 1e-6, name
+
+
+def test_states_carry_gradients_from_call_to_call():
+    model, ids = remembering(), tokens(2, 12)
+    model.train()
+    start = {index: torch.randn(2, 1, 8, 8, requires_grad=True) for index in (0, 1)}
+    with MemoryCall(model, start) as call:
+        model(input_ids=ids[:, :7], use_cache=False)
+    with MemoryCall(model, call.states):
+        model(input_ids=ids[:, 7:], use_cache=False).logits.square().sum().backward()
+    for state in start.values():
+        assert state.grad.any()
+    assert model.model.layers[0].self_attn.delta_memory.memory_v_proj.grad.any()
+
+
+def test_memory_without_context():
+    """A state is taken out, kept on disk, and given to a new conversation, which alone has its keys and values."""
+    model, ids = remembering(), tokens(1, 20)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache)
+    states = get_memory(cache)
+    fresh = DynamicCache(config=model.config)
+    set_memory(model, fresh, states)
+    with MemoryCall(model, states) as call:
+        without_cache = logits(model, ids[:, :5], use_cache=False)
+    assert error(logits(model, ids[:, :5], past_key_values=fresh), without_cache) <= CLOSE
+    assert error(without_cache, logits(model, ids[:, :5])) > 1e-3  # it does remember
+    for index, state in get_memory(fresh).items():
+        assert error(state, call.states[index]) <= 1e-6
+    with MemoryCall(model, states):
+        ours = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False)
+    again = DynamicCache(config=model.config)
+    set_memory(model, again, states)
+    assert torch.equal(ours, model.generate(ids[:, :5], max_new_tokens=6, do_sample=False, past_key_values=again))
+
+
+def test_writing_switched_off():
+    model, ids = remembering(), tokens(2, 8)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache)
+    before = {index: state.clone() for index, state in get_memory(cache).items()}
+    with MemoryCall(model, write=False) as call:
+        logits(model, ids, past_key_values=cache)
+    for index, state in get_memory(cache).items():
+        assert torch.equal(state, before[index])
+        assert torch.equal(call.states[index], before[index])
+    logits(model, ids, past_key_values=cache)
+    assert not torch.equal(get_memory(cache)[0], before[0])
+    cache.crop(-16)
+    assert all(error(state, before[index]) <= 1e-6 for index, state in get_memory(cache).items())
+
+
+@pytest.mark.parametrize("kind", ["message_mean", "sentence_mean"])
+def test_messages_write_their_means(kind):
+    model, ids = remembering(memory_write_granularity=kind, num_state_heads=2), tokens(2, 9)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, -1], [-1, 0, 0, 0, 0, 1, 1, 1, 1]])
+    given = {"message_ids": segments}
+    if kind == "sentence_mean":
+        given = {"message_ids": segments.clamp(max=0), "sentence_ids": segments.clamp_min(0)}
+    x = []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda m, a, k: x.append(k["hidden_states"]), with_kwargs=True)
+    cache = DynamicCache(config=model.config)
+    with MemoryCall(model, **given):
+        logits(model, ids, past_key_values=cache)
+    exact = attention.delta_memory.read(x[0], segment_ids=segments, num_segments=3).state
+    assert error(get_memory(cache)[0], exact) <= 1e-6
+    with pytest.raises(ValueError, match="taken back only whole, 9 tokens"):
+        cache.crop(-1)
+    cache.crop(-9)
+    assert get_memory(cache) == {}
+    with MemoryCall(model, **given):  # the prompt's ids; what is generated writes token by token
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    with (
+        MemoryCall(model, **given),
+        pytest.raises(ValueError, match=r"must be \[2, 8\] as the tokens are, got \[2, 9\]"),
+    ):
+        logits(model, ids[:, :8])
+
+
+def test_tokens_without_messages_warn_once():
+    attach._warn_of_tokens.cache_clear()
+    model, ids = remembering(memory_write_granularity="message_mean"), tokens(1, 5)
+    with pytest.warns(UserWarning, match="no ids were given") as caught:
+        ours = logits(model, ids)  # two layers
+    assert len(caught) == 1
+    by_token = copy.deepcopy(model)
+    for _, layer in memory_layers(by_token):
+        layer.delta_memory.config = DeltaMemConfig()
+    assert torch.equal(ours, logits(by_token, ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_backbone_of_16_bits(dtype):
+    model, ids = backbone("qwen3").to(dtype), tokens(2, 9)
+    before = logits(model, ids)
+    attach_memory(model, DeltaMemConfig(output_init="random"))
+    memory = model.model.layers[0].self_attn.delta_memory
+    assert {p.dtype for p in memory.parameters()} == {torch.float32}
+    cache = DynamicCache(config=model.config)
+    after = logits(model, ids, past_key_values=cache)
+    assert after.dtype == dtype
+    assert not torch.equal(after, before)
+    assert {state.dtype for state in get_memory(cache).values()} == {torch.float32}
+
+
+def test_the_text_of_a_vision_language_model():
+    """The vision tower, whose attention has the same name and another shape, stays as it is."""
+    text = {"model_type": "llama", **backbone().config.to_diff_dict(), "vocab_size": VOCABULARY}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = SmolVLMConfig(
+        text_config=text,
+        vision_config={**vision, "image_size": 32, "patch_size": 8},
+        image_token_id=VOCABULARY - 1,
+        scale_factor=2,
+    )
+    model = SmolVLMForConditionalGeneration(config).eval().requires_grad_(False)
+    ids, pixels = tokens(1, 14).clamp(max=VOCABULARY - 2), torch.randn(1, 1, 3, 32, 32)
+    ids[0, 3:7] = VOCABULARY - 1
+    before = logits(model, ids, pixel_values=pixels)
+    names = attach_memory(model, DeltaMemConfig())
+    assert names == [f"model.text_model.layers.{index}.self_attn" for index in (0, 1)]
+    assert torch.equal(logits(model, ids, pixel_values=pixels), before)
+    for _, layer in memory_layers(model):
+        torch.nn.init.normal_(layer.delta_memory.delta_q_proj)
+    whole = logits(model, ids, pixel_values=pixels, use_cache=False)
+    assert error(whole, before) > 1e-2
+    cache = DynamicCache(config=model.config)
+    parts = [logits(model, ids[:, :9], pixel_values=pixels, past_key_values=cache)]
+    parts += [logits(model, part, past_key_values=cache) for part in ids[:, 9:].split(1, dim=1)]
+    assert error(torch.cat(parts, 1), whole) <= CLOSE
+
+
+def test_compiled():
+    model, ids = remembering(), tokens(2, 9)
+    exact, compiled = logits(model, ids), torch.compile(model, backend="aot_eager")
+    cache = DynamicCache(config=model.config)
+    ours = [logits(compiled, part, past_key_values=cache) for part in ids.split([6, 1, 1, 1], dim=1)]
+    assert error(torch.cat(ours, 1), exact) <= CLOSE
+
+
+def test_detaching_leaves_the_model_as_it_was():
+    model, ids = backbone(), tokens(2, 6)
+    before, names = logits(model, ids), [n for n, _ in model.named_modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    attach_memory(model, DeltaMemConfig(output_init="random"))
+    assert not torch.equal(logits(model, ids), before)
+    detach_memory(model)
+    assert torch.equal(logits(model, ids), before)
+    assert [n for n, _ in model.named_modules()] == names
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    attach_memory(model, DeltaMemConfig(target_layers=(1,)))
+    assert [name for name, _ in memory_layers(model)] == ["model.layers.1.self_attn"]
+
+
+def test_after_an_error_the_memory_is_as_it_was():
+    model, ids = remembering(), tokens(2, 6)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache)
+    before = get_memory(cache)
+    broken = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(model, ids, past_key_values=cache)
+    broken.remove()
+    assert all(get_memory(cache)[index] is state for index, state in before.items())
+    assert attach._stack.calls == []
+
+
+class Odd(torch.nn.Module):
+    """An attention module of another shape, in a layer, in a list."""
+
+    def __init__(self, **parts) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Module()])
+        self.layers[0].self_attn = torch.nn.Module()
+        for name, part in parts.items():
+            setattr(self.layers[0].self_attn, name, part)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (lambda: Odd(), {}, r"does not fit: layers.0.self_attn \(Module\) has no layer_idx"),
+        (lambda: Odd(layer_idx=0, q_proj=torch.nn.Linear(2, 2)), {}, "has no k_proj"),
+        (lambda: Odd(layer_idx=0, q_proj=torch.nn.Identity()), {}, r"has a q_proj \(Identity\) without in_features"),
+        (backbone, {"target_modules": ("attn",)}, "target_modules: the model has no module named attn"),
+        (backbone, {"target_layers": (1, 7)}, r"target_layers must be some of the layers \[0, 1\], got \[7\]"),
+        (remembering, {}, "has a memory already"),
+        (lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1)), {}, "an encoder and a decoder"),
+    ],
+)
+def test_what_does_not_fit(model, config, message):
+    with pytest.raises(ValueError, match=message):
+        attach_memory(model(), DeltaMemConfig(**config))
+
+
+def test_bad_calls():
+    model, states = remembering(), {0: torch.zeros(2, 1, 8, 8), 1: torch.zeros(2, 1, 8, 8)}
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    for arguments, message in (
+        ({"states": [1]}, "states must be a dict"),
+        ({"states": {0: states[0]}}, r"states must be of the layers \[0, 1\], got \[0\]"),
+        (
+            {"states": {**states, 1: torch.zeros(2, 8, 8)}},
+            r"states\[1\] must be float32 or float64 \[B, 1, 8, 8\], got float32",
+        ),
+        ({"states": {**states, 1: torch.zeros(3, 1, 8, 8)}}, "one batch size"),
+        ({"write": 1}, "write must be True or False"),
+        ({"message_ids": ids}, "message_ids has no use .* 'token'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            MemoryCall(model, **arguments)
+    with pytest.raises(ValueError, match="the model has no memory"):
+        MemoryCall(backbone())
+    sentences = remembering(memory_write_granularity="sentence_mean")
+    with pytest.raises(ValueError, match="sentence_ids must be given"):
+        MemoryCall(sentences, message_ids=ids)
+    with pytest.raises(TypeError, match="sentence_ids must be int32 or int64"):
+        MemoryCall(sentences, sentence_ids=ids.float())
+    with MemoryCall(model, states), pytest.raises(ValueError, match="state must be"):
+        logits(model, tokens(3, 4))
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="states must be of the layers"):
+        set_memory(model, cache, {})
+    with pytest.raises(TypeError, match="past_key_values must be a Cache"):
+        set_memory(model, (), states)
+    set_memory(model, cache, states)
+    with pytest.raises(ValueError, match="state must be"):  # another batch: never a silent reset
+        logits(model, tokens(3, 4), past_key_values=cache)
