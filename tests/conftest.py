@@ -62,6 +62,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 SCANNING = ("test_parity", "test_operator", "test_reference")  # where it makes a difference how a scan runs
+LAYER = tuple(
+    f"test_{x}"
+    for x in ("attention_correction", "correction_norm_rope", "memory_projection", "memory_layer", "segment_mean")
+)
+OF_A_VECTOR = ("width", "length", "gate", "dtype", "16_bit", "head", "rank", "nan", "parity")
+"""In the names of the layer's tests: what may depend on how many numbers a vector has runs on each instruction set."""
 SHARING = ("test_triton_compile.py", "test_cuda.py", "test_backends.py")
 
 
@@ -77,6 +83,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" in metafunc.fixturenames:
         scans = metafunc.module.__name__ in SCANNING
         chosen = [x for x in implementations() if scans or not x.chunked]
+        if metafunc.module.__name__ in LAYER and not any(x in metafunc.function.__name__ for x in OF_A_VECTOR):
+            widest = extension.library().isas()[0]
+            chosen = [x for x in chosen if x.isa in (None, widest)]
         metafunc.parametrize("implementation", chosen, ids=str, indirect=True)
 
 

@@ -1,4 +1,7 @@
-"""Whether a scan walks a sequence token after token, or all its chunks side by side: chosen here, for every backend."""
+"""Whether a scan walks a sequence token after token, or all its chunks side by side: the choice for `cpu` and `triton`.
+
+`cuda` chooses on the GPU, by each sequence's own length: csrc/cuda/chunked.cu.
+"""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ def delta_step(
         The reads, of q's shape; `out` if it was given.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, before anything runs. On the CPU also a slot outside of
-            the pool; on a GPU that is not looked at.
+        TypeError, ValueError: an argument that does not fit, before anything runs. With `cpu` and
+            `reference` also a slot outside of the pool; the others do not look at that.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
     _check(state, q, k, v, beta, decay, mode, state_indices, num_accepted_tokens, intermediate_states, out)
@@ -108,8 +108,8 @@ def _check(state, q, k, v, beta, decay, mode, state_indices, num_accepted_tokens
         fail(ValueError, "state", f"[slots, H, R, R] = [slots, {heads}, {rank}, {rank}]", state)
     if state.device != device:
         check_device("state", state, device)
-    if torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or beta.requires_grad or state.requires_grad
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, beta, decay, state, out, intermediate_states)
     ):
         raise ValueError("delta_step has no gradient: call it under torch.no_grad(), or delta_update for training")
     _check_slots(shape, device, state, state_indices, num_accepted_tokens)

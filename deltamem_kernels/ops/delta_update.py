@@ -70,8 +70,9 @@ def delta_update(
     Returns:
         DeltaUpdateOutput: reads, and the final state. The arithmetic is float32, float64 where an operand is float64.
         Differentiable once in every floating operand, through both results. The same bits on every run, whatever
-        else is in the batch. Backward keeps the operands and one state for every 64 tokens. On a GPU, sequences of
-        more than 64 tokens and ranks up to 16 run in chunks side by side; other ranks, token after token.
+        else is in the batch. Backward keeps the operands and one state for every 64 tokens. On a GPU, long
+        sequences of ranks up to 16 run in chunks side by side, others token after token. (Masked tokens in front may
+        change the last bits with `cpu` and `cuda`, behind with `cuda`.)
 
     Raises:
         TypeError, ValueError: an argument that does not fit, before anything runs.

@@ -34,7 +34,7 @@ def memory_prefill(
     (32 bytes) are 6 %.
 
     Triton launches: 2 (projection, scan) up to 64 tokens. Beyond, in chunks, 4 (projection, chunks' maps, fold, scan),
-    2 more where a sequence can have over 128 chunks, and 1 more with a mask. The corrections are one launch each.
+    2 more from 8,256 tokens on, and 1 more with a mask. The corrections are one launch each.
 
     Args:
         x: `[B, T, D]`, float16, bfloat16, float32 or float64, any strides.

@@ -1,4 +1,4 @@
-"""The Triton backend: one launch forward, one backward. Triton itself is imported on the first call, not before."""
+"""The Triton backend. Triton itself is imported on the first call, not before."""
 
 from __future__ import annotations
 

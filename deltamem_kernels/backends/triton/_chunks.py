@@ -52,7 +52,7 @@ def work_of(i_w, p_spans, N, T, SPAN: tl.constexpr, CHUNK: tl.constexpr, CHUNKED
     """Of a piece of work: sequence, its batch row, its tokens [start, stop), its first_slot, and chunks [first, last).
 
     Not CHUNKED, each of N pieces is a whole sequence. CHUNKED, the first N are the sequences' first chunks; the others
-    are the chunks of the slots, with last = -1 where a slot is not in use."""
+    are the chunks of the slots, with first = last = -1 where a slot is not in use."""
     if CHUNKED:
         i_free = i_w - N
         i_n = tl.where(i_free < 0, i_w, sequence_of(tl.maximum(i_free, 0), p_spans, N, T, SPAN, CHUNK, 1))
@@ -64,7 +64,9 @@ def work_of(i_w, p_spans, N, T, SPAN: tl.constexpr, CHUNK: tl.constexpr, CHUNKED
     i_first = tl.where(i_free < 0, 0, i_free - i_slot)
     i_last = tl.cdiv(stop - start, CHUNK)
     if CHUNKED:
-        i_last = tl.where(i_free < 0, tl.minimum(i_last, 1), tl.where(i_first < i_last, i_first + 1, -1))
+        in_use = (i_first > 0) & (i_first < i_last)  # a slot before the first sequence's has i_first < 1
+        i_last = tl.where(i_free < 0, tl.minimum(i_last, 1), tl.where(in_use, i_first + 1, -1))
+        i_first = tl.where((i_free < 0) | in_use, i_first, -1)
     return i_n, i_b, start, stop, i_slot, i_first, i_last
 
 

@@ -25,6 +25,7 @@ def launches_before(
         return launches
     if scan["SPAN"] == 3:
         spans = {name: scan[name] for name in ("p_spans", "p_mask", "T", "mask_sb", "mask_st")}
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         spans |= {"p_cu_seqlens": cu_seqlens, "BLOCK": 1024, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
         launches.append((mask_spans_kernel, scan["N"], spans))
     H, R = out.shape[2:4]

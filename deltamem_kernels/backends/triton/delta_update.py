@@ -166,6 +166,7 @@ def _output(x: Tensor, whole: bool) -> Tensor:
 def _spans(chunks: bool, mask: Tensor | None, cu_seqlens: Tensor | None, N: int) -> dict:
     """Where the N sequences lie, see sequence_bounds: with a mask, a chunked scan counts from the tokens it leaves."""
     if not chunks or mask is None:
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         return {"p_spans": cu_seqlens, "SPAN": 1, "N": N, "CHUNKED": chunks}
     return {"p_spans": mask.new_empty((N, 3), dtype=torch.int64), "SPAN": 3, "N": N, "CHUNKED": chunks}
 

@@ -39,9 +39,7 @@ def delta_update_forward_kernel(
     )  # fmt: skip
 
     o_state = i_r * R + i_c
-    later = (
-        i_x * 0 + tl.minimum(i_first, i_last) > 0
-    )  # in every lane: the interpreter takes no mask from a block and a scalar
+    later = i_x * 0 + i_first > 0  # in every lane: the interpreter takes no mask from a block and a scalar
     b_s = zero_state(i_x, dtype, NC)
     if p_initial is not None:
         p_initial += i_n * initial_sn + i_h * initial_sh + i_r * initial_sr + i_c * initial_sc

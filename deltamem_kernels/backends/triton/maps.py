@@ -51,7 +51,7 @@ def chunk_maps_kernel(
     i_h, i_m = i_u // (R + 1), i_u % (R + 1)
     i_n = sequence_of(i_slot, p_spans, N, T, SPAN, CHUNK, 1)
     i_chunk = i_slot - first_slot(p_spans, i_n, T, SPAN, CHUNK)
-    if i_chunk >= chunks_of(p_spans, i_n, T, SPAN, CHUNK):
+    if (i_chunk < 1) | (i_chunk >= chunks_of(p_spans, i_n, T, SPAN, CHUNK)):
         return
     i_b, start, stop = sequence_bounds(p_spans, i_n, T, SPAN)
     x = token_operands(
@@ -144,7 +144,8 @@ def transitions(i_slot, p_spans, N, T, SPAN: tl.constexpr, CHUNK: tl.constexpr, 
     i_group = i_slot - first_group(p_spans, i_n, T, SPAN, CHUNK, GROUP)
     maps = tl.maximum(chunks_of(p_spans, i_n, T, SPAN, CHUNK) - 1, 0)
     first = first_slot(p_spans, i_n, T, SPAN, CHUNK) + 1 + i_group * GROUP
-    return i_n, i_group, tl.cdiv(maps, GROUP), first, tl.minimum(tl.maximum(maps - i_group * GROUP, 0), GROUP)
+    count = tl.where(i_group < 0, 0, tl.minimum(tl.maximum(maps - i_group * GROUP, 0), GROUP))
+    return i_n, i_group, tl.cdiv(maps, GROUP), first, count
 
 
 @triton.jit(do_not_specialize=RUN_VARYING)
