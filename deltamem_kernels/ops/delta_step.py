@@ -18,7 +18,7 @@ from ._checks import (
     describe,
     fail,
 )
-from ._library import define, library
+from ._library import define, library, nobody_listens
 
 
 def delta_step(
@@ -75,7 +75,8 @@ def delta_step(
         check_backend(backend)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    torch.ops.deltamem_kernels.delta_step(
+    step = _step if nobody_listens(q) else torch.ops.deltamem_kernels.delta_step
+    step(
         state, q, k, v, beta, decay, state_indices, num_accepted_tokens, intermediate_states, out, mode, pad_slot_id,
         update_state, backend or "",
     )  # fmt: skip
@@ -108,8 +109,9 @@ def _check(state, q, k, v, beta, decay, mode, state_indices, num_accepted_tokens
         fail(ValueError, "state", f"[slots, H, R, R] = [slots, {heads}, {rank}, {rank}]", state)
     if state.device != device:
         check_device("state", state, device)
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, beta, decay, state, out, intermediate_states)
+    if torch.is_grad_enabled() and (
+        (q.requires_grad or k.requires_grad or v.requires_grad or beta.requires_grad or state.requires_grad)
+        or any(x is not None and x.requires_grad for x in (decay, out, intermediate_states))
     ):
         raise ValueError("delta_step has no gradient: call it under torch.no_grad(), or delta_update for training")
     _check_slots(shape, device, state, state_indices, num_accepted_tokens)
