@@ -246,6 +246,25 @@ def test_where_triton_fails_cuda_takes_over(on_a_gpu, first):
     assert on_a_gpu.calls == ["triton"] + ["cuda"] * 4
 
 
+@pytest.mark.parametrize(
+    ("function", "operands"), [("memory_decode", ()), ("delta_update_backward", (None,) * 9 + (torch.ones(1, 2),))]
+)
+def test_what_triton_left_half_done_is_not_done_again(on_a_gpu, function, operands):
+    """The pool may have been stepped, and kept states belong to the mask's tokens: an error, then the next backend."""
+
+    def fails(*_):
+        raise ValueError("no")
+
+    setattr(on_a_gpu.modules["triton"], function, fails)
+    setattr(on_a_gpu.modules["cuda"], function, lambda *_: "cuda")
+    with (
+        pytest.warns(UserWarning, match="'cuda' takes over: ValueError: no"),
+        pytest.raises(RuntimeError, match=f"'triton' failed in the middle of {function}"),
+    ):
+        getattr(choose("", GPU), function)(*operands)
+    assert getattr(choose("", GPU), function)(*operands) == "cuda"
+
+
 def test_where_cuda_cannot_take_over_the_reference_does(on_a_gpu):
     on_a_gpu.modules["triton"].delta_step = Module("triton", on_a_gpu.calls, RuntimeError("no")).delta_step
     on_a_gpu.reasons["cuda"] = "no nvcc"

@@ -125,6 +125,11 @@ class _UntilItFails:
                 raise
             except Exception as error:  # whatever Triton, its compiler or the driver can come up with
                 self._take_over(error)
+                if _half_done(function, operands):
+                    raise RuntimeError(
+                        f"deltamem_kernels: 'triton' failed in the middle of {function}, which another backend cannot "
+                        "finish: repeat it from the states and inputs it began with"
+                    ) from error
         return getattr(self._module, function)(*operands)
 
     def _take_over(self, error: Exception) -> None:
@@ -138,6 +143,14 @@ class _UntilItFails:
             f"{type(error).__name__}: {error}",
             stacklevel=4,
         )
+
+
+def _half_done(function: str, operands: tuple) -> bool:
+    """Whether another backend would go on from what triton left: a pool that may have been stepped already, or states
+    kept by a forward that counted its chunks from the first token of a mask (the tenth operand)."""
+    return function == "memory_decode" or (
+        function == "delta_update_backward" and len(operands) > 9 and operands[9] is not None
+    )
 
 
 def _module(name: str) -> ModuleType:
