@@ -23,16 +23,17 @@ def scan_report(
     per_head: bool = False,
     mask: bool = False,
     cu_seqlens: bool = False,
+    chunked: bool = True,
 ) -> list[Row]:
     """The kernels of the delta rule for each arch (90 is sm_90) and rank: forward with saved states, backward with all
-    gradients, the same chunked (up to the rank where that pays) with what is launched before them, a step with all it
-    can be given (there is none in mode "affine", masked or packed); the operands in `dtype`, the state in the dtype of
-    the arithmetic."""
+    gradients, with `chunked` (up to the rank where that pays) the same in chunks with what is launched before them, a
+    step with all it can be given (there is none in mode "affine", masked or packed); the operands in `dtype`, the state
+    in the dtype of the arithmetic."""
     rows = []
     for rank in ranks:
         operands = _operands(rank, heads, dtype, mode, free_decay, per_head, mask, cu_seqlens)
         kernels = _scans(operands, mode)
-        if rank <= MAP_RANK:
+        if chunked and rank <= MAP_RANK:
             kernels += _chunked_scans(operands, mode)
         if mode != "affine" and not mask and not cu_seqlens:
             kernels.append(_step(operands, mode))
