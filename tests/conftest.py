@@ -21,6 +21,7 @@ from deltamem_kernels.backends import build, extension
 from deltamem_kernels.backends.scan import force_scan
 
 CUDA = torch.cuda.is_available()
+pytest_plugins = ("processes",)
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,20 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"random inputs: --seed {config.getoption('--seed')}", f"CUDA compiler: {nvcc}"]
 
 
-SCANNING = ("test_parity", "test_operator", "test_reference")  # where it makes a difference how a scan runs
+SCANNING = (
+    "test_parity",
+    "test_autograd",
+    "test_same_bits",
+    "test_resources",
+    "test_reference",
+)  # where it makes a difference how a scan runs
 LAYER = tuple(
     f"test_{x}"
     for x in ("attention_correction", "correction_norm_rope", "memory_projection", "memory_layer", "segment_mean")
 )
 OF_A_VECTOR = ("width", "length", "gate", "dtype", "16_bit", "head", "rank", "nan", "parity")
 """In the names of the layer's tests: what may depend on how many numbers a vector has runs on each instruction set."""
-SHARING = ("test_triton_compile.py", "test_cuda.py", "test_backends.py")
+SHARING = ("test_triton_compile.py", "test_cuda.py", "test_first_use.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

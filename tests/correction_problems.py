@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from problems import FLOAT32_TOLERANCE, assert_close, error, fence
+from problems import FLOAT32_TOLERANCE, assert_close, error, fence, rounding
 from torch import Tensor
 
 from deltamem_kernels import attention_correction, attention_correction_norm_rope
@@ -148,7 +148,7 @@ def check(
     for name, x in ours.items():
         like = problem.operands["base" if name == "out" else name.removeprefix("d_")]
         assert (x.dtype, x.shape) == (like.dtype, like.shape), name
-        limit = max(tolerance, torch.finfo(x.dtype).eps / 2)
+        limit = tolerance + rounding(x.dtype, implementation)
         if name == "d_scale":
             assert abs(x.item() - exact[name].item()) <= limit * scale_of_d_scale(problem, exact)
         else:

@@ -120,7 +120,35 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return distance / scale if scale > 0 else (0.0 if distance == 0 else float("inf"))
 
 
+def rounding(dtype: torch.dtype, implementation) -> float:
+    """The relative error of rounding once: half a last bit. Triton's interpreter cuts bfloat16 off where GPUs round:
+    there a whole one."""
+    cut_off = implementation.name.startswith("triton-interpreted") and dtype == torch.bfloat16
+    return torch.finfo(dtype).eps / (1 if cut_off else 2)
+
+
 def assert_close(ours: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float) -> None:
     errors = {name: error(ours[name], exact[name]) for name in exact}
     bad = {name: f"{e:.1e}" for name, e in errors.items() if not e <= tolerance}
     assert not bad, f"relative errors over {tolerance}: {bad}"
+
+
+def subsets(names: tuple[str, ...], implementation) -> list[tuple[str, ...]]:
+    """Of the operands, those that want a gradient: one, all but one, and where it is quick each number."""
+    sizes = (1, len(names) - 1) if implementation.slow else range(1, len(names) + 1)
+    return [s for n in sizes for s in itertools.combinations(names, n)]
+
+
+def small(implementation, **options) -> Problem:
+    """A problem with every operand, short where a token costs milliseconds."""
+    sizes = {"T": 4, "R": 4, "H": 1, "B": 1} if implementation.slow else {"T": 70}
+    return make(decay=True, **{**sizes, **options}).to(device=implementation.device)
+
+
+def weights_of(problem: Problem) -> dict[str, Tensor]:
+    device = problem.operands["q"].device
+    return {n: x.to(device) for n, x in cotangents_for(problem.to(device="cpu")).items()}
+
+
+def leaves_of(problem: Problem) -> dict[str, Tensor]:
+    return {n: x.detach().clone().requires_grad_() for n, x in problem.operands.items()}

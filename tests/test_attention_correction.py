@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-
 import pytest
 import torch
 from correction_problems import (
@@ -18,7 +15,7 @@ from correction_problems import (
     make,
     oracle,
 )
-from problems import FLOAT32_TOLERANCE, error, fence
+from problems import FLOAT32_TOLERANCE, error, fence, subsets
 from torch import Tensor
 
 from deltamem_kernels import attention_correction
@@ -76,9 +73,9 @@ def test_heads_and_ranks(implementation, form, H, R):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("D", [1, 2, 15, 16, 17, 63, 64, 65, 130, 576])
 def test_widths(implementation, form, D):
-    # One number over its own norm is all but its sign: in its gradient nearly everything cancels.
-    tolerance = FLOAT32_TOLERANCE if D > 1 else 1e-3
-    check(make(B=1, T=3, D=D, device=implementation.device, **FORMS[form]), implementation, tolerance)
+    # One number over its own norm is all but its sign, in whose gradient nearly everything cancels: not in all rows.
+    T = 3 if D > 1 else 18 if implementation.slow else 67
+    check(make(B=1, T=T, D=D, device=implementation.device, **FORMS[form]), implementation)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -129,11 +126,10 @@ def test_float64(implementation, form):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("subset", [s for n in range(1, 6) for s in itertools.combinations(NAMES, n)], ids="-".join)
-def test_every_subset_of_frozen_operands(implementation, norm, subset):
-    if not norm and "norm_weight" in subset:
-        subset = tuple(n for n in subset if n != "norm_weight") or ("weight",)
-    check(make(B=1, T=3, norm=norm, D=20, device=implementation.device), implementation, wanted=subset)
+def test_every_subset_of_frozen_operands(implementation, norm):
+    problem = make(B=1, T=3, norm=norm, D=20, device=implementation.device)
+    for subset in subsets(tuple(problem.operands), implementation):
+        check(problem, implementation, wanted=subset)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -235,6 +231,18 @@ def test_what_backward_needs_must_not_change(implementation):
         problem.forward(implementation.backend, out=base)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
+
+
+def test_slices_of_the_same_rows_are_apart(implementation):
+    """base, out and reads side by side in one buffer, as a fused projection leaves them."""
+    memory = torch.randn(2, 5, 60, device=implementation.device)
+    base, reads, out = memory[..., :24], memory[..., 24:32], memory[..., 32:56]
+    weight = torch.randn(24, 8, device=implementation.device)
+    exact = oracle(Correction(attention_correction, {"base": base, "reads": reads, "weight": weight}), base)["out"]
+    attention_correction(base, reads, weight, out=out, backend=implementation.backend)
+    assert error(out, exact) <= FLOAT32_TOLERANCE
+    attention_correction(base, reads, weight, out=base, backend=implementation.backend)
+    assert error(base, exact) <= FLOAT32_TOLERANCE
 
 
 # Promises
@@ -347,84 +355,3 @@ def test_under_torch_compile(backend, how, training):
         if training:
             for a, b in zip(*(torch.autograd.grad(y.square().sum(), operands) for y in (ours, eager)), strict=True):
                 assert error(a, b) <= FLOAT32_TOLERANCE
-
-
-# Bad input
-
-
-def good() -> dict[str, object]:
-    problem = make(H=2, R=4, norm=True)
-    return {**problem.operands, "out": torch.empty_like(problem.operands["base"]), "norm_eps": 1e-6}
-
-
-def bad(name: str, change: Callable[[object], object], kind: type[Exception], *words: str) -> object:
-    return pytest.param(name, change, kind, words, id=f"{name}-{words[-1]}")
-
-
-FLOATS = "float16, bfloat16, float32 or float64"
-SHAPES = "[B, T, H, R] or [B, T, R]"
-CASES = [
-    *(bad(n, lambda x: x.tolist(), TypeError, f"{n} must be a tensor", "got") for n in (*NAMES[:3], "norm_weight")),
-    *(bad(n, lambda x: x.long(), TypeError, f"{n} must be {FLOATS}", "got int64") for n in NAMES),
-    *(bad(n, lambda x: x.to_sparse(), TypeError, f"{n} must be a dense tensor", "got sparse_coo") for n in NAMES[:3]),
-    *(bad(n, lambda x: x.to("meta"), ValueError, f"{n} must be on base's device cpu", "on meta")
-      for n in (*NAMES[1:], "out")),
-    bad("base", lambda x: x[0, 0], ValueError, "base must be [B, T, D] or [N, D]", "got float32 [24]"),
-    bad("base", lambda x: x[None], ValueError, "base must be [B, T, D] or [N, D]", "got float32 [1, 2, 5, 24]"),
-    bad("weight", lambda x: x[:-1], ValueError, "weight must be [D, H·R] = [24, H·R]", "got float32 [23, 8]"),
-    bad("weight", lambda x: x[:, :0], ValueError, "weight must be", "H·R at least 1", "got float32 [24, 0]"),
-    bad("weight", lambda x: x.t(), ValueError, "weight must be [D, H·R]", "got float32 [8, 24]"),
-    bad("weight", lambda x: x[None], ValueError, "weight must be [D, H·R]", "got float32 [1, 24, 8]"),
-    bad("reads", lambda x: x[:, :4], ValueError, f"reads must be {SHAPES}, [2, 5]", "got float32 [2, 4, 2, 4]"),
-    bad("reads", lambda x: x[..., :3], ValueError, "reads must be", "H·R = 8", "got float32 [2, 5, 2, 3]"),
-    bad("reads", lambda x: x[0], ValueError, "reads must be", "got float32 [5, 2, 4]"),
-    bad("scale", lambda x: x[None], ValueError, "scale must be a number = []", "got float32 [1]"),
-    bad("scale", lambda x: "1", TypeError, "scale must be a number, or a tensor of no dimensions", "got str"),
-    bad("scale", lambda x: True, TypeError, "scale must be a number", "got bool"),
-    bad("norm_weight", lambda x: x[:-1], ValueError, "norm_weight must be [D] = [24]", "got float32 [23]"),
-    bad("norm_eps", lambda x: "1", TypeError, "norm_eps must be a number", "got str"),
-    bad("norm_eps", lambda x: -1e-6, ValueError, "norm_eps must be at least 0", "got float -1e-06"),
-    bad("norm_eps", lambda x: float("nan"), ValueError, "norm_eps must be at least 0", "got float nan"),
-    bad("out", lambda x: x.double(), TypeError, "out must be a dense float32 tensor, as base is", "got float64"),
-    bad("out", lambda x: x[:1], ValueError, "out must be of base's shape", "got float32 [1, 5, 24]"),
-    bad("out", lambda x: x[:1].expand(2, -1, -1), ValueError, "out must be a tensor with a place for each", "got"),
-    bad("out", lambda x: [], TypeError, "out must be a dense float32 tensor", "got list"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "change", "kind", "words"), CASES)
-def test_bad_input(name, change, kind, words):
-    call = good()
-    call[name] = change(call[name])
-    before = call["out"].clone() if isinstance(call["out"], Tensor) and call["out"].device.type == "cpu" else None
-    with pytest.raises(kind) as caught:
-        attention_correction(**call)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-    if before is not None:
-        assert torch.equal(call["out"].nan_to_num(), before.nan_to_num())
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_out_must_not_lie_under_an_operand(in_place):
-    memory = torch.randn(2, 5, 60)
-    base, reads = memory[..., :24], memory[..., 20:28]
-    weight = torch.randn(24, 8)
-    with pytest.raises(ValueError, match="out must not share memory with reads"):
-        attention_correction(base if in_place else torch.randn(2, 5, 24), reads, weight, out=base)
-    with pytest.raises(ValueError, match="out must not share memory with base"):
-        attention_correction(base, torch.randn(2, 5, 8), weight, out=memory[..., 1:25])
-    under = memory.view(-1)[: 24 * 24].view(24, 24)
-    with pytest.raises(ValueError, match="out must not share memory with weight"):
-        attention_correction(torch.randn(1, 1, 24), torch.randn(1, 1, 24), under, out=base[:1, :1])
-
-
-def test_slices_of_the_same_rows_are_apart(implementation):
-    """base, out and reads side by side in one buffer, as a fused projection leaves them."""
-    memory = torch.randn(2, 5, 60, device=implementation.device)
-    base, reads, out = memory[..., :24], memory[..., 24:32], memory[..., 32:56]
-    weight = torch.randn(24, 8, device=implementation.device)
-    exact = oracle(Correction(attention_correction, {"base": base, "reads": reads, "weight": weight}), base)["out"]
-    attention_correction(base, reads, weight, out=out, backend=implementation.backend)
-    assert error(out, exact) <= FLOAT32_TOLERANCE
-    attention_correction(base, reads, weight, out=base, backend=implementation.backend)
-    assert error(base, exact) <= FLOAT32_TOLERANCE

