@@ -65,8 +65,8 @@ TINY_QWEN3 = Backbone("tiny Qwen3", 256, 4096, 4_984_064, ("transformers",), _ti
 
 
 def model(kind: str, backbone: Backbone, shape: Shape) -> nn.Module:
-    """`kind`: "frozen", "ours", or "upstream" with or without more words. Its memory is as the shape says."""
-    return _model(kind.partition(",")[0], backbone, replace(shape, tokens=1, batch=1, source="random"))
+    """`kind`: "frozen", "ours" or "upstream". Its memory is as the shape says."""
+    return _model(kind, backbone, replace(shape, tokens=1, batch=1, source="random"))
 
 
 @functools.cache

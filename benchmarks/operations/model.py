@@ -45,7 +45,8 @@ def _forward(kind: str, backbone: Backbone, inputs: Tensors, shape: Shape) -> Te
 
 
 def _training(kind: str, backbone: Backbone, inputs: Tensors, shape: Shape) -> Tensors:
-    llm, x, ids = model(kind, backbone, shape), inputs["x"], inputs["ids"].long()
+    llm, x = model(kind, backbone, shape), inputs["x"]
+    ids = inputs["ids"].to(x.device, torch.int64)
     _from_zero(kind, llm)
     logits = llm(inputs_embeds=x, use_cache=False).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -98,7 +99,7 @@ def _new_cache(llm: nn.Module):
 
 def _from_zero(kind: str, llm: nn.Module) -> None:
     """The authors' state is kept by the layers."""
-    if kind.startswith("upstream"):
+    if kind == "upstream":
         from deltamem.core.delta import reset_delta_mem_states
 
         reset_delta_mem_states(llm)
