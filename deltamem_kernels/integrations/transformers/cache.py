@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from ...nn.memory import Writes
+from ...nn.writes import Writes
 from .states import check_states
 
 ROLLBACK = 128  # tokens that can be taken back at any time; more while the call that wrote them is the latest
@@ -140,6 +140,15 @@ def layers_of(cache: object) -> dict[int, LayerMemory]:
     cache.__class__ = _with_memory(type(cache))  # type: ignore[arg-type]
     cache.memory = memory  # type: ignore[attr-defined]
     return memory
+
+
+def layer_of(cache: object, index: int) -> LayerMemory:
+    """The memory of one layer in a cache; it is there from now on."""
+    memory = cache.memory if isinstance(cache, MemoryCache) else layers_of(cache)
+    layer = memory.get(index)
+    if layer is None:
+        layer = memory[index] = LayerMemory()
+    return layer
 
 
 def get_memory(cache: Cache) -> dict[int, Tensor]:
