@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._checks import FLOATS, check_float, check_mask, check_shape, fail
-from ..ops._library import nobody_listens
-from ..ops.attention_correction import _correct_into, attention_correction
+from ..ops._checks import check_float, check_mask, check_shape, fail
+from ..ops.attention_correction import attention_correction
 from ..ops.delta_update import delta_update
-from ..ops.memory_decode import _decode, memory_decode
+from ..ops.memory_decode import memory_decode
 from ..ops.memory_projection import MemoryProjection, memory_projection
 from ..ops.segment_mean import segment_mean
 from .config import HEADS, DeltaMemConfig
+from .decoding import Decoding
 from .writes import Writes, beginnings
 
 
@@ -205,13 +205,9 @@ class DeltaMemory(nn.Module):
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
         if head not in self.config.delta_heads:
             return base if out is None or out is base else out.copy_(base)
-        weight, scale, norm, eps = self._correction(head)
-        leading = reads.shape[:-2]
-        wanted = (*leading, self.config.num_state_heads, self.config.rank)
-        if out is base and _plain(weight.device, (reads, wanted), (base, (*leading, weight.shape[0]))):
-            gain, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-            _correct_into(base, None, reads, weight, gain, norm, None, None, factor, eps, 0, "")
+        if out is base and (decoding := self._decoding()) and decoding.correct(base, reads, head):
             return base
+        weight, scale, norm, eps = self._correction(head)
         return attention_correction(base, reads, weight, scale, norm_weight=norm, norm_eps=eps, out=out)
 
     def step(
@@ -241,26 +237,29 @@ class DeltaMemory(nn.Module):
         """
         if (head is None) != (base is None) or not (head is None or head in HEADS):
             raise ValueError(f"head must be one of {', '.join(HEADS)} and given with base, got {head!r}")
+        config = self.config
+        base = base if head in config.delta_heads else None
+        if slots is None and (decoding := self._decoding()):
+            reads = decoding.step(x, state, head, base)
+            if reads is not None:
+                return reads
         weight, scale, norm, eps = None, 1.0, None, 1e-6
-        if head is not None and head in self.config.delta_heads:
+        if base is not None:
             weight, scale, norm, eps = self._correction(head)
-        else:
-            base = None
-        weights, rows, config = self._weights(), x.shape[0], self.config
-        heads, rank, normalize, mode = config.num_state_heads, config.rank, config.normalize_qk, config.state_update_mode
-        tensors = [(x, (rows, self.hidden_size)), (state, (rows, heads, rank, rank))]
-        if base is not None and weight is not None:
-            tensors.append((base, (rows, weight.shape[0])))
-        if slots is None and _plain(weights[0].device, *tensors):
-            gain, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-            return _decode(
-                state, x, *weights, None, None, weight, gain, norm, None, None, base, heads, normalize, mode, -1,
-                factor, eps, 0, "",
-            )[0]  # fmt: skip
         return memory_decode(
-            state, x, *weights, heads=heads, normalize=normalize, mode=mode, state_indices=slots, base=base,
-            delta_weight=weight, scale=scale, norm_weight=norm, norm_eps=eps, out=base,
+            state, x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk,
+            mode=config.state_update_mode, state_indices=slots, base=base, delta_weight=weight, scale=scale,
+            norm_weight=norm, norm_eps=eps, out=base,
         ).reads  # fmt: skip
+
+    def _decoding(self) -> Decoding | None:
+        """What a step needs, where no gradient is recorded and the weights lie as they are read."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        known = self._known
+        if known is None or not known.holds(self):
+            known = self._known = Decoding(self) if self._lie_packed() else None
+        return known
 
     def _correction(self, head: str) -> tuple[Tensor, float | Tensor, Tensor | None, float]:
         """Weight and scale of a head's correction, and of its norm weight and epsilon."""
@@ -269,7 +268,7 @@ class DeltaMemory(nn.Module):
             raw = self.delta_scale_raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
             scale = scale * (torch.sigmoid(raw) * config.delta_scale_max)
         norm = self.delta_o_rmsnorm_weight if config.delta_o_rmsnorm and head == "o" else None
-        return self._weight(f"delta_{head}_proj"), scale, norm, config.delta_o_rmsnorm_eps
+        return getattr(self, f"delta_{head}_proj"), scale, norm, config.delta_o_rmsnorm_eps
 
     def _project(self, x: Tensor) -> MemoryProjection:
         config = self.config
@@ -277,18 +276,19 @@ class DeltaMemory(nn.Module):
 
     def _weights(self) -> tuple[Tensor | None, ...]:
         """What a projection takes, in its order."""
-        q, k, v = (self._weight(f"memory_{name}_proj") for name in ("q", "k", "v"))
-        as_one = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._lie_packed(q, k, v)
-        qkv = self._packed if as_one else torch.cat([q, k, v])
-        gates = self._weight("beta_proj"), self._weight("beta_bias")
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._lie_packed():
+            qkv = torch.cat([self.memory_q_proj, self.memory_k_proj, self.memory_v_proj])
+        else:
+            qkv = self._packed
         if self.config.couple_lambda or self.config.state_update_mode == "no_lambda":
-            return qkv, *gates, None, None  # no_lambda has λ = 1, whether there are weights or not
-        return qkv, *gates, self.lambda_proj, self.lambda_bias
-
-    def _weight(self, name: str) -> Tensor:
-        """Past the module's own way, half a microsecond; what shards or parametrises weights has them elsewhere."""
-        weight = self._parameters.get(name)
-        return getattr(self, name) if weight is None else weight
+            return (
+                qkv,
+                self.beta_proj,
+                self.beta_bias,
+                None,
+                None,
+            )  # λ = 1 in no_lambda, whether there are weights or not
+        return qkv, self.beta_proj, self.beta_bias, self.lambda_proj, self.lambda_bias
 
     @torch.no_grad()
     def _pack(self) -> None:
@@ -296,16 +296,21 @@ class DeltaMemory(nn.Module):
         they are never older than it, whoever changes them. Where they are moved apart they are joined at each call."""
         weights = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj]
         self._packed = torch.cat([weight.detach() for weight in weights])
+        self._known: Decoding | None = None
         for weight, rows in zip(weights, self._packed.chunk(3), strict=True):
             weight.data = rows
 
-    def _lie_packed(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        size = q.nbytes
-        return self._packed.data_ptr() == q.data_ptr() == k.data_ptr() - size == v.data_ptr() - 2 * size
+    def _lie_packed(self) -> bool:
+        weights, start = self._parameters, self._packed.data_ptr()
+        q, k, v = weights.get("memory_q_proj"), weights.get("memory_k_proj"), weights.get("memory_v_proj")
+        if q is None or k is None or v is None:  # something shards or parametrises them
+            return False
+        size = k.data_ptr() - start
+        return q.data_ptr() == start and v.data_ptr() - start == 2 * size and size == q.nbytes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeltaMemory:
         super()._apply(fn, recurse)
-        if not self._lie_packed(self.memory_q_proj, self.memory_k_proj, self.memory_v_proj):
+        if not self._lie_packed():
             self._pack()
         return self
 
@@ -339,16 +344,3 @@ class DeltaMemory(nn.Module):
         config = self.config
         corrected = ", ".join(config.delta_heads) or "nothing"
         return f"hidden={self.hidden_size}, heads={config.num_state_heads}, rank={config.rank}, corrects {corrected}"
-
-
-def _plain(device: torch.device, *tensors: tuple[Tensor, tuple[int, ...]]) -> bool:
-    """Whether an operator's checks would find nothing, its dispatch nobody: floating tensors of these shapes, on this
-    device, without gradients; the last, which is written, dense and with memory of its own. The checks of a decoding
-    step take longer than what it computes."""
-    first, last = tensors[0][0], tensors[-1][0]
-    if torch.is_grad_enabled() or not nobody_listens(first):
-        return False
-    for x, shape in tensors:
-        if x.shape != shape or x.dtype not in FLOATS or x.device != device:
-            return False
-    return last.is_contiguous() and not torch._C._is_alias_of(first, last)  # type: ignore[attr-defined]

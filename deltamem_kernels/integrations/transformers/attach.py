@@ -118,6 +118,7 @@ class _Open:
     writes: Writes | None = None
 
     def step(self, head: str | None = None, base: Tensor | None = None) -> None:
+        """The token's way through the memory, and the correction of a projection's output, in place."""
         base = None if base is None else base.squeeze(1)
         reads = self.memory.step(self.x.squeeze(1), self.after, slots=self.slots, head=head, base=base)
         self.reads = reads.unsqueeze(1)
@@ -137,7 +138,8 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
     call, starts = handed.call or call_for(attention), handed.starts
     x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     batch, tokens, _ = x.shape
-    cache, memory, write = kwargs.get("past_key_values"), attention.delta_memory, call is None or call.write
+    memory = attention._modules["delta_memory"]  # past the module's own way, half a microsecond
+    cache, write = kwargs.get("past_key_values"), call is None or call.write
     layer = None if cache is None else layer_of(cache, attention.layer_idx)
     state = None if layer is None else layer.state
     if state is None and call is not None and call.initial:
@@ -146,7 +148,7 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
         state = state.to(x.device)
     mask = _mask(attention, batch, tokens, cache, kwargs.get("attention_mask"))
     segments = _segments(memory.config, call, x, decoding=tokens == 1 and cache is not None) if write else {}
-    if tokens == 1 and not segments and _steps(memory, x, state):
+    if tokens == 1 and not segments and _steps(x, state):
         slots = None if mask is None else torch.where(mask[:, 0], torch.arange(batch, device=mask.device), -1)
         after = memory.zeros(x) if state is None else state.clone()
         now = _Open(attention, memory, layer, call, write, x, state, after, slots)
@@ -159,14 +161,10 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
     return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
 
 
-def _steps(memory: DeltaMemory, x: Tensor, state: Tensor | None) -> bool:
+def _steps(x: Tensor, state: Tensor | None) -> bool:
     """Whether one token can go through the memory in one call and in place."""
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or x.dtype == torch.float64
-        or memory.beta_proj.dtype == torch.float64
-        or (state is not None and (state.dtype != torch.float32 or state.shape[0] != x.shape[0]))
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or (state is not None and state.shape[0] != x.shape[0])
     )
 
 

@@ -65,7 +65,7 @@ _latest = _Latest()
 
 
 def latest_mask(attention_mask: object, batch: int, tokens: int, past: int | Tensor) -> Tensor | None:
-    """`token_mask`, computed once for the layers of a call, which have one mask; on a CPU None where every token counts.
+    """`token_mask`, computed once for the layers of a call, which have one mask; on a CPU None where all tokens count.
 
     A mask that may have changed unseen, or a length that lies on a device, is looked at again.
     """
