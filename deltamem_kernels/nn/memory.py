@@ -113,7 +113,8 @@ class DeltaMemory(nn.Module):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5)).mul_(config.online_gain)
                 continue
             base = (base_weights or {}).get(head)
-            if base is None or not base.is_floating_point() or base.ndim != 2 or base.shape[0] != weight.shape[0]:
+            floating = isinstance(base, Tensor) and base.is_floating_point()
+            if not floating or base.ndim != 2 or base.shape[0] != weight.shape[0]:
                 wanted = f"the floating weight [{weight.shape[0]}, in] of {head}_proj, for output_init"
                 fail(ValueError, f"base_weights[{head!r}]", f"{wanted} {config.output_init!r}", base)
             columns = min(config.rank, base.shape[1])

@@ -54,11 +54,17 @@ def build(model: nn.Module, config: DeltaMemConfig, dtype: torch.dtype) -> dict[
             config,
             projections["q"].in_features,
             {head: projection.out_features for head, projection in projections.items()},
-            {head: projection.weight for head, projection in projections.items()},
-            device=projections["q"].weight.device,
+            {head: getattr(projection, "weight", None) for head, projection in projections.items()},
+            device=_device(attention, model),
             dtype=dtype,
         )
     return memories
+
+
+def _device(*modules: nn.Module) -> torch.device:
+    """Where the first of them that has tensors has them: quantised projections may hold theirs in other forms."""
+    tensors = (x for module in modules for x in (*module.parameters(), *module.buffers()))
+    return next((x.device for x in tensors), torch.device("cpu"))
 
 
 def install(model: nn.Module, memories: dict[str, DeltaMemory]) -> list[str]:
