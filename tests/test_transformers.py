@@ -11,6 +11,8 @@ from problems import error
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     DynamicCache,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     T5Config,
@@ -162,6 +164,57 @@ def test_a_backbone_of_16_bits(dtype):
     assert {state.dtype for state in get_memory(cache).values()} == {torch.float32}
 
 
+class Quantised(torch.nn.Module):
+    """A linear layer whose weight is kept in bytes, as quantised backbones have them."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.abs().max() / 127
+        weight = (linear.weight / self.scale).round() + 128
+        self.weight = torch.nn.Parameter(weight.to(torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ ((self.weight.to(x.dtype) - 128) * self.scale).T
+
+
+def in_bytes(model):
+    for layer in model.model.layers:
+        for head in ("q", "k", "v", "o"):
+            name = f"{head}_proj"
+            setattr(layer.self_attn, name, Quantised(getattr(layer.self_attn, name)))
+    return model
+
+
+def in_int8(model):
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+
+
+@pytest.mark.parametrize("quantised", [in_bytes, in_int8])
+def test_a_quantised_backbone(quantised):
+    """The memory's dtype is its own, and its corrections are those of the unquantised model."""
+    model, ids = quantised(backbone()), tokens(2, 9)
+    before = logits(model, ids)
+    attach_memory(model, DeltaMemConfig(output_init="random"))
+    for _, layer in memory_layers(model):
+        assert {p.dtype for p in layer.delta_memory.parameters()} == {torch.float32}
+    cache = DynamicCache(config=model.config)
+    steps = [logits(model, part, past_key_values=cache) for part in ids.split([4, *[1] * 5], dim=1)]
+    assert error(torch.cat(steps, 1), before) > 1e-3
+    assert {state.dtype for state in get_memory(cache).values()} == {torch.float32}
+    attention = model.model.layers[0].self_attn
+    x, outputs = torch.randn(1, 3, 64), []
+    attention.k_proj.register_forward_hook(lambda m, a, output: outputs.append(output.clone()))
+    with torch.no_grad():
+        attention(x, (torch.ones(1, 3, 16), torch.zeros(1, 3, 16)), None)
+        reads = attention.delta_memory.read(x).reads
+        assert error(outputs[0], attention.delta_memory.correct(attention.k_proj(x), reads, "k")) <= 1e-5
+    detach_memory(model)
+    with pytest.raises(ValueError, match="must be the floating weight"):
+        attach_memory(model, DeltaMemConfig(output_init="base_slice"))
+    assert torch.equal(logits(model, ids), before)
+
+
 def test_the_text_of_a_vision_language_model():
     """The vision tower, whose attention has the same name and another shape, stays as it is."""
     text = {"model_type": "llama", **backbone().config.to_diff_dict(), "vocab_size": VOCABULARY}
@@ -187,6 +240,33 @@ def test_the_text_of_a_vision_language_model():
     parts = [logits(model, ids[:, :9], pixel_values=pixels, past_key_values=cache)]
     parts += [logits(model, part, past_key_values=cache) for part in ids[:, 9:].split(1, dim=1)]
     assert error(torch.cat(parts, 1), whole) <= CLOSE
+
+
+def test_the_text_of_qwen2_vl():
+    """Whose positions have three dimensions."""
+    text = {
+        **backbone("qwen2").config.to_diff_dict(),
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "patch_size": 4, "temporal_patch_size": 1}
+    ends = {"image_token_id": 96, "vision_start_token_id": 97, "vision_end_token_id": 98}
+    config = Qwen2VLConfig(text_config={**text, "model_type": "qwen2_vl_text"}, vision_config=vision, **ends)
+    model = Qwen2VLForConditionalGeneration(config).eval().requires_grad_(False)
+    ids = tokens(1, 14).clamp(max=95)
+    ids[0, 2:8] = torch.tensor([97, 96, 96, 96, 96, 98])  # 16 patches, of which four make a token
+    image = {"pixel_values": torch.randn(16, 3 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    image["mm_token_type_ids"] = (ids == 96).int()
+    before = logits(model, ids, **image)
+    assert attach_memory(model, DeltaMemConfig()) == [f"model.language_model.layers.{i}.self_attn" for i in (0, 1)]
+    assert torch.equal(logits(model, ids, **image), before)
+    for _, layer in memory_layers(model):
+        torch.nn.init.normal_(layer.delta_memory.delta_q_proj)
+    whole = logits(model, ids, **image, use_cache=False)
+    assert error(whole, before) > 1e-2
+    usual = {"do_sample": False, "eos_token_id": VOCABULARY, **image}
+    new = model.generate(ids, max_new_tokens=4, **usual)
+    plain = model.generate(ids, max_new_tokens=4, **usual, use_cache=False)
+    assert torch.equal(new, plain)
 
 
 def test_compiled():

@@ -9,7 +9,8 @@ import pytest
 import torch
 from models import ARCHITECTURES, CLOSE, MEMORIES, VOCABULARY, logits, one_thread, remembering, tokens
 from problems import error
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
 
 from deltamem_kernels.integrations.transformers import MemoryCall, get_memory, set_memory
 
@@ -181,3 +182,87 @@ def test_writing_switched_off():
     assert not torch.equal(get_memory(cache)[0], before[0])
     cache.crop(-16)
     assert all(error(state, before[index]) <= 1e-6 for index, state in get_memory(cache).items())
+
+
+class Rounded(QuantizedLayer):
+    """Of transformers' quantised layers, with a residue of two tokens; as its integers 16-bit floats."""
+
+    def __init__(self) -> None:
+        super().__init__(residual_length=2)
+
+    def _quantize(self, tensor, axis):
+        return tensor.bfloat16()
+
+    def _dequantize(self, tensor):
+        return tensor.float()
+
+
+@pytest.mark.parametrize("kind", ["fp8", "residual"])
+def test_quantised_caches(kind):
+    """Keys and values lose digits, the states none: they are as if the memory had read what it did read alone."""
+    model, ids = remembering(), tokens(2, 12)
+
+    def cache():
+        made = QuantizedCache(backend="fp8", config=model.config)
+        if kind == "residual":
+            made.layers = [Rounded() for _ in made.layers]
+        return made
+
+    seen: dict[int, list] = {0: [], 1: []}
+    for index, layer in enumerate(model.model.layers):
+        hook = lambda m, a, k, index=index: seen[index].append(k["hidden_states"])  # noqa: E731
+        layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+    quantised = cache()
+    for part in ids.split([5, *[1] * 7], dim=1):
+        logits(model, part, past_key_values=quantised)
+    for index, state in get_memory(quantised).items():
+        assert state.dtype == torch.float32
+        memory = model.model.layers[index].self_attn.delta_memory
+        assert error(state, memory.read(torch.cat(seen[index], 1)).state) <= 1e-6
+    with pytest.raises(ValueError, match="a quantised cache cannot take tokens back"):
+        quantised.crop(-1)
+    before = {index: state.clone() for index, state in get_memory(quantised).items()}
+    quantised.reorder_cache(torch.tensor([1, 0]))
+    assert all(torch.equal(state.flip(0), before[index]) for index, state in get_memory(quantised).items())
+    quantised.reset()
+    assert get_memory(quantised) == {}
+    ours = model.generate(ids, max_new_tokens=6, do_sample=False, num_beams=2, past_key_values=cache())
+    assert ours.shape == (2, 18)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_padded_token_of_a_step(attention):
+    """A row whose one token is padding reads nothing and writes nothing, whatever the others do."""
+    model, ids = remembering(attention=attention), tokens(3, 7)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids[:, :6], past_key_values=cache)
+    before = {index: state.clone() for index, state in get_memory(cache).items()}
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[1, 6] = 0
+    straight = copy.deepcopy(cache)
+    padded = logits(model, ids[:, 6:], attention_mask=mask, past_key_values=cache)
+    whole = logits(model, ids[:, 6:], past_key_values=straight)
+    assert error(padded[[0, 2]], whole[[0, 2]]) <= CLOSE
+    for index, state in get_memory(cache).items():
+        assert torch.equal(state[1], before[index][1])
+        assert error(state[[0, 2]], get_memory(straight)[index][[0, 2]]) <= CLOSE
+        assert not torch.equal(state[0], before[index][0])
+    cache.crop(-1)
+    assert all(torch.equal(state, before[index]) for index, state in get_memory(cache).items())
+
+
+@pytest.mark.parametrize("heads", [(), ("k",), ("v", "o"), ("o",), ("q", "k", "v", "o")], ids=str)
+@pytest.mark.parametrize("write", [True, False])
+def test_a_step_is_the_call_of_one_token(heads, write):
+    """With each correction, in place and without a gradient, what the same call is where gradients are recorded."""
+    fields = {"delta_o_rmsnorm": True, "trainable_delta_scale": True} if "q" in heads else {}
+    model, ids = remembering("qwen3", delta_heads=heads, **fields), tokens(2, 5)
+    states = {index: torch.randn(2, 1, 8, 8) for index in (0, 1)}
+    kept = {index: state.clone() for index, state in states.items()}
+    with MemoryCall(model, states, write=write) as recorded:
+        exact = model(input_ids=ids[:, :1], use_cache=False).logits
+    with MemoryCall(model, states, write=write) as call:
+        assert error(logits(model, ids[:, :1], use_cache=False), exact) <= CLOSE
+    for index, state in call.states.items():
+        assert error(state, recorded.states[index]) <= CLOSE
+        assert torch.equal(states[index], kept[index])  # a step's place is its own
