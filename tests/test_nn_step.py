@@ -83,6 +83,10 @@ def unseen(module):
 
 def of_its_own(module):
     module.memory_k_proj = nn.Parameter(torch.randn_like(module.memory_k_proj))
+    return module
+
+
+def gates_of_its_own(module):
     module.beta_bias = nn.Parameter(torch.randn_like(module.beta_bias))
     module.delta_q_proj = nn.Parameter(torch.randn_like(module.delta_q_proj))
     return module
@@ -103,6 +107,7 @@ CHANGES = [
     trained,
     unseen,
     of_its_own,
+    gates_of_its_own,
     pointed_elsewhere,
     through_a_file,
     reloaded,

@@ -7,7 +7,7 @@ memory again: in SmolLM2-135M the checks and look-ups of a step take three times
 from __future__ import annotations
 
 from operator import is_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ class Decoding:
         self.device = memory._packed.device
         self.hidden, self.size = memory.hidden_size, (config.num_state_heads, config.rank)
         self.rule = (config.num_state_heads, config.normalize_qk, config.state_update_mode, -1)
-        self.nothing = (None,) * 6, (*self.rule, 1.0, 1e-6, 0, "")
-        self.corrections = {}
+        self.nothing: tuple[Any, ...] = (None,) * 6, (*self.rule, 1.0, 1e-6, 0, "")
+        self.corrections: dict[str | None, tuple[Any, ...]] = {}
         for head in config.delta_heads if not config.trainable_delta_scale else ():
             weight, scale, norm, eps = memory._correction(head)
             self.corrections[head] = (weight, None, norm, None, None), (scale, eps, 0, ""), weight.shape[0]

@@ -57,13 +57,15 @@ class DeltaMemory(nn.Module):
     delta_o_rmsnorm_weight: nn.Parameter | None
     lambda_proj: nn.Parameter | None
     lambda_bias: nn.Parameter | None
+    _packed: Tensor
+    _known: Decoding | None
 
     def __init__(
         self,
         config: DeltaMemConfig,
         hidden_size: int,
         out_features: dict[str, int],
-        base_weights: dict[str, Tensor] | None = None,
+        base_weights: dict[str, Any] | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -99,7 +101,7 @@ class DeltaMemory(nn.Module):
         self._pack()
 
     @torch.no_grad()
-    def reset_parameters(self, base_weights: dict[str, Tensor] | None = None) -> None:
+    def reset_parameters(self, base_weights: dict[str, Any] | None = None) -> None:
         """The weights as they start: a memory that is read and written, and with output_init "zero" changes nothing."""
         config = self.config
         for name in ("q", "k", "v"):
@@ -113,8 +115,12 @@ class DeltaMemory(nn.Module):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5)).mul_(config.online_gain)
                 continue
             base = (base_weights or {}).get(head)
-            floating = isinstance(base, Tensor) and base.is_floating_point()
-            if not floating or base.ndim != 2 or base.shape[0] != weight.shape[0]:
+            if (
+                not isinstance(base, Tensor)
+                or not base.is_floating_point()
+                or base.ndim != 2
+                or base.shape[0] != weight.shape[0]
+            ):
                 wanted = f"the floating weight [{weight.shape[0]}, in] of {head}_proj, for output_init"
                 fail(ValueError, f"base_weights[{head!r}]", f"{wanted} {config.output_init!r}", base)
             columns = min(config.rank, base.shape[1])
@@ -244,9 +250,10 @@ class DeltaMemory(nn.Module):
             reads = decoding.step(x, state, head, base)
             if reads is not None:
                 return reads
-        weight, scale, norm, eps = None, 1.0, None, 1e-6
-        if base is not None:
-            weight, scale, norm, eps = self._correction(head)
+        correction: tuple[Any, ...] = (None, 1.0, None, 1e-6)
+        if head is not None and base is not None:
+            correction = self._correction(head)
+        weight, scale, norm, eps = correction
         return memory_decode(
             state, x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk,
             mode=config.state_update_mode, state_indices=slots, base=base, delta_weight=weight, scale=scale,
@@ -264,8 +271,9 @@ class DeltaMemory(nn.Module):
 
     def _correction(self, head: str) -> tuple[Tensor, float | Tensor, Tensor | None, float]:
         """Weight and scale of a head's correction, and of its norm weight and epsilon."""
-        config, scale = self.config, self.config.alpha / self.config.rank
-        if config.trainable_delta_scale:
+        config = self.config
+        scale: float | Tensor = config.alpha / config.rank
+        if self.delta_scale_raw is not None:
             raw = self.delta_scale_raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
             scale = scale * (torch.sigmoid(raw) * config.delta_scale_max)
         norm = self.delta_o_rmsnorm_weight if config.delta_o_rmsnorm and head == "o" else None
@@ -275,20 +283,14 @@ class DeltaMemory(nn.Module):
         config = self.config
         return memory_projection(x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk)
 
-    def _weights(self) -> tuple[Tensor | None, ...]:
+    def _weights(self) -> tuple[Any, ...]:
         """What a projection takes, in its order."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._lie_packed():
             qkv = torch.cat([self.memory_q_proj, self.memory_k_proj, self.memory_v_proj])
         else:
             qkv = self._packed
         if self.config.couple_lambda or self.config.state_update_mode == "no_lambda":
-            return (
-                qkv,
-                self.beta_proj,
-                self.beta_bias,
-                None,
-                None,
-            )  # λ = 1 in no_lambda, whether there are weights or not
+            return qkv, self.beta_proj, self.beta_bias, None, None  # λ = 1 in no_lambda, with weights or without
         return qkv, self.beta_proj, self.beta_bias, self.lambda_proj, self.lambda_bias
 
     @torch.no_grad()
@@ -297,7 +299,7 @@ class DeltaMemory(nn.Module):
         they are never older than it, whoever changes them. Where they are moved apart they are joined at each call."""
         weights = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj]
         self._packed = torch.cat([weight.detach() for weight in weights])
-        self._known: Decoding | None = None
+        self._known = None
         for weight, rows in zip(weights, self._packed.chunk(3), strict=True):
             weight.data = rows
 

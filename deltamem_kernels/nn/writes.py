@@ -24,7 +24,7 @@ class Writes(NamedTuple):
 
     def first(self, tokens: int) -> Writes:
         """What the first tokens wrote."""
-        return Writes(*(x[:, :tokens] if isinstance(x, Tensor) else x for x in self))
+        return Writes._make(x[:, :tokens] if isinstance(x, Tensor) else x for x in self)
 
     def onto(self, state: Tensor | None) -> Tensor:
         """The state that they leave; None stands for zeros."""
