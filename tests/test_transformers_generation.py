@@ -10,7 +10,7 @@ import torch
 from models import ARCHITECTURES, CLOSE, MEMORIES, VOCABULARY, logits, one_thread, remembering, tokens
 from problems import error
 from transformers import DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import QuantizedLayer
+from transformers.cache_utils import Cache, QuantizedLayer
 
 from deltamem_kernels.integrations.transformers import MemoryCall, get_memory, set_memory
 
@@ -203,10 +203,9 @@ def test_quantised_caches(kind):
     model, ids = remembering(), tokens(2, 12)
 
     def cache():
-        made = QuantizedCache(backend="fp8", config=model.config)
         if kind == "residual":
-            made.layers = [Rounded() for _ in made.layers]
-        return made
+            return Cache(layers=[Rounded(), Rounded()])
+        return QuantizedCache(backend="fp8", config=model.config)
 
     seen: dict[int, list] = {0: [], 1: []}
     for index, layer in enumerate(model.model.layers):
