@@ -129,6 +129,9 @@ def test_packed_rows(told, fields):
     assert error(*grads) <= 1e-4
     one = model(input_ids=torch.cat(parts, 1), use_cache=False).logits
     assert error(one[:, 4:], packed[:, 4:]) > 1e-3  # it does make a difference
+    if told == "position_ids":  # of one row for two; and not by name
+        twice = model.model(torch.cat(parts, 1).repeat(2, 1), None, positions, use_cache=False).last_hidden_state
+        assert error(model.lm_head(twice), packed.expand(2, -1, -1)) <= CLOSE
 
 
 def test_packed_rows_go_on_and_are_read():

@@ -159,6 +159,8 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
         after = memory.zeros(x) if state is None else state.clone()
         now = _Open(attention, memory, layer, call, write, x, state, after, slots)
     else:
+        if starts is not None:  # positions may be one row for all
+            starts = starts.to(x.device).expand(batch, tokens)
         reads, after, writes = memory.read(x, state, mask=mask, write=write, starts=starts, **segments)
         now = _Open(attention, memory, layer, call, write, x, state, after, None, reads, writes)
     _stack.calls.append(now)

@@ -118,7 +118,7 @@ class HandedDown(NamedTuple):
 
     call: MemoryCall | None
     starts: Tensor | None
-    """`[B, T]` bool, of packed rows."""
+    """`[B or 1, T]` bool, of packed rows."""
 
 
 def hand_down(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -13,7 +13,7 @@ from ...ops._checks import INDICES, fail
 
 
 def sequence_starts(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """`[B, T]` bool, True where a sequence of a packed row begins; None where each row is one sequence.
+    """`[B or 1, T]` bool, True where a sequence of a packed row begins; None where each row is one sequence.
 
     They are told by `cu_seq_lens_q`, or else by `position_ids` that do not grow from one token to the next, in a call
     with neither a cache nor a mask `[B, keys]`, which is where transformers' own masks keep sequences apart. It is
