@@ -212,7 +212,7 @@ class DeltaMemory(nn.Module):
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
         if head not in self.config.delta_heads:
             return base if out is None or out is base else out.copy_(base)
-        if out is base and (decoding := self._decoding()) and decoding.correct(base, reads, head):
+        if out is base and (decoding := self.decoding()) and decoding.correct(base, reads, head):
             return base
         weight, scale, norm, eps = self._correction(head)
         return attention_correction(base, reads, weight, scale, norm_weight=norm, norm_eps=eps, out=out)
@@ -246,7 +246,7 @@ class DeltaMemory(nn.Module):
             raise ValueError(f"head must be one of {', '.join(HEADS)} and given with base, got {head!r}")
         config = self.config
         base = base if head in config.delta_heads else None
-        if slots is None and (decoding := self._decoding()):
+        if slots is None and (decoding := self.decoding()):
             reads = decoding.step(x, state, head, base)
             if reads is not None:
                 return reads
@@ -260,8 +260,9 @@ class DeltaMemory(nn.Module):
             norm_weight=norm, norm_eps=eps, out=base,
         ).reads  # fmt: skip
 
-    def _decoding(self) -> Decoding | None:
-        """What a step needs, where no gradient is recorded and the weights lie as they are read."""
+    def decoding(self) -> Decoding | None:
+        """`step` and `correct` for the calls of one token, with everything looked up; None where gradients are recorded
+        or weights do not lie as they are read. Good until a weight is replaced."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         known = self._known

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...nn import DeltaMemConfig, DeltaMemory
 from ...nn.config import HEADS
+from ...nn.decoding import Decoding
 from ...nn.writes import Writes
 from .cache import LayerMemory, Step, layer_of
 from .call import KEYWORD, HandedDown, MemoryCall, call_for, hand_down
@@ -117,6 +118,8 @@ class _Open:
     x: Tensor
     before: Tensor | None
     after: Tensor
+    decoding: Decoding | None = None
+    """Of a call of one token, which goes through the memory in one call and in place."""
     slots: Tensor | None = None
     """Of a decoding step: where in `after` each row's state is, -1 for padding; None where each row counts."""
     reads: Tensor | None = None
@@ -125,8 +128,11 @@ class _Open:
 
     def step(self, head: str | None = None, base: Tensor | None = None) -> None:
         """The token's way through the memory, and the correction of a projection's output, in place."""
-        base = None if base is None else base.squeeze(1)
-        reads = self.memory.step(self.x.squeeze(1), self.after, slots=self.slots, head=head, base=base)
+        x, base, reads = self.x.squeeze(1), None if base is None else base.squeeze(1), None
+        if self.slots is None and self.decoding is not None:
+            reads = self.decoding.step(x, self.after, head, base)
+        if reads is None:
+            reads = self.memory.step(x, self.after, slots=self.slots, head=head, base=base)
         self.reads = reads.unsqueeze(1)
 
 
@@ -154,26 +160,22 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
         state = state.to(x.device)
     mask = _mask(attention, batch, tokens, cache, kwargs.get("attention_mask"))
     segments = _segments(memory.config, call, x, decoding=tokens == 1 and cache is not None) if write else {}
-    if tokens == 1 and not segments and _steps(x, state):
+    decoding = None
+    if tokens == 1 and not segments and (state is None or state.shape[0] == batch):
+        decoding = memory.decoding()
+    if decoding is not None:
         slots = None if mask is None else torch.where(mask[:, 0], torch.arange(batch, device=mask.device), -1)
         after = memory.zeros(x) if state is None else state.clone()
-        now = _Open(attention, memory, layer, call, write, x, state, after, slots)
+        now = _Open(attention, memory, layer, call, write, x, state, after, decoding, slots)
     else:
         if starts is not None:  # positions may be one row for all
             starts = starts.to(x.device).expand(batch, tokens)
         reads, after, writes = memory.read(x, state, mask=mask, write=write, starts=starts, **segments)
-        now = _Open(attention, memory, layer, call, write, x, state, after, None, reads, writes)
+        now = _Open(attention, memory, layer, call, write, x, state, after, None, None, reads, writes)
     _stack.calls.append(now)
     if handed is _nothing:
         return None
     return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
-
-
-def _steps(x: Tensor, state: Tensor | None) -> bool:
-    """Whether one token can go through the memory in one call and in place."""
-    return not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or (state is not None and state.shape[0] != x.shape[0])
-    )
 
 
 def _mask(attention: Any, batch: int, tokens: int, cache: Any, attention_mask: Any) -> Tensor | None:
@@ -213,6 +215,8 @@ def _correct(head: str, projection: nn.Module, args: tuple, output: Tensor) -> T
         return None
     in_place = not torch.is_grad_enabled() and not (args and output is args[0])
     if now.reads is not None:
+        if in_place and now.decoding is not None and now.decoding.correct(output, now.reads, head):
+            return None
         return now.memory.correct(output, now.reads, head, out=output if in_place else None)
     corrected = output if in_place else output.clone()
     now.step(head, corrected)
