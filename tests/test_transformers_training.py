@@ -178,6 +178,7 @@ def test_bad_packed_rows():
 
 
 def step_of(rank: int, model, ids, path: str) -> None:
+    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=2)
     parallel = DistributedDataParallel(model)
     parallel(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1], use_cache=False).loss.backward()
@@ -188,13 +189,13 @@ def step_of(rank: int, model, ids, path: str) -> None:
 def test_distributed_data_parallel(tmp_path):
     """Two processes end with the gradients of one that has both rows."""
     model, ids = remembering(delta_heads=("q", "o")), tokens(2, 8)
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=step_of, args=(rank, model, ids, str(tmp_path))) for rank in (0, 1)]
+    fresh = multiprocessing.get_context("spawn")
+    workers = [fresh.Process(target=step_of, args=(rank, model, ids, str(tmp_path)), daemon=True) for rank in (0, 1)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+        worker.join(300)
+    assert [worker.exitcode for worker in workers] == [0, 0]
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     found = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
     trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
