@@ -19,7 +19,7 @@ SOURCES = (
 CUDA_SOURCES = (
     *("cuda/bindings.cpp", "cuda/bindings_layer.cpp"),
     *("cuda/forward.cu", "cuda/backward.cu", "cuda/step.cu", "cuda/chunked.cu"),
-    *("cuda/projection.cu", "cuda/correction.cu"),
+    *("cuda/projection.cu", "cuda/correction.cu", "cuda/correction_adjoint.cu"),
 )
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 

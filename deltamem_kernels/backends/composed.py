@@ -31,8 +31,9 @@ def memory_decode(
     norm_eps: float,
     head_dim: int,
 ) -> tuple[Tensor, Tensor]:
-    """reads `[N, H, R]` in the dtype of the projection, and the corrected base: empty where `out` gets it, or where
-    there is no delta_weight. A base of None is out, in place. The state is updated in place."""
+    """reads `[N, H, R]` (`[N, 1, H, R]` where x has that dimension) in the dtype of the projection, and the corrected
+    base: empty where `out` gets it, or where there is no delta_weight. A base of None is out, in place. The state is
+    updated in place."""
     q, k, v, beta, decay, _ = backend.memory_projection_forward(
         x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize
     )

@@ -28,6 +28,25 @@ def fail(error: type[Exception], name: str, wanted: str, got: object) -> NoRetur
     raise error(f"{name} must be {wanted}, got {describe(got)}")
 
 
+def fits(x: object, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether x needs no second look, which makes the messages: a dense float tensor of this shape on this device."""
+    return (
+        isinstance(x, Tensor)
+        and x.dtype in FLOATS
+        and x.shape == shape
+        and x.device == device
+        and x.layout is torch.strided
+    )
+
+
+def check_fits(name: str, x: object, shapes: Sequence[tuple[int, ...]], wanted: str, device: torch.device, of: str):
+    """x is a dense tensor of a floating dtype, one of the shapes, on the device of `of`."""
+    if not fits(x, shapes[0], device):
+        check_float(name, x, wanted)
+        check_shape(name, x, shapes, wanted)
+        check_device(name, x, device, of)
+
+
 def check_float(name: str, x: object, wanted: str) -> None:
     """x is a tensor of one of the four floating dtypes."""
     if not isinstance(x, Tensor):
