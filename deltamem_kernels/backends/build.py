@@ -13,7 +13,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 SOURCES = (
-    *("bindings.cpp", "bindings_correction.cpp", "bindings_projection.cpp", "bindings_layer.cpp"),
+    *("bindings.cpp", "bindings_correction.cpp", "bindings_projection.cpp", "bindings_layer.cpp", "fingerprint.cpp"),
     *("cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp"),
 )
 CUDA_SOURCES = (

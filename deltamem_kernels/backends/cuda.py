@@ -25,6 +25,7 @@ __all__ = [
     "delta_update_backward",
     "delta_update_forward",
     "memory_decode",
+    "memory_prefill_forward",
     "memory_projection_backward",
     "memory_projection_forward",
     "segment_mean_backward",
@@ -103,3 +104,8 @@ def memory_projection_forward(*operands):
 def memory_decode(*operands):
     """See `composed.memory_decode`."""
     return composed.memory_decode(sys.modules[__name__], *operands)
+
+
+def memory_prefill_forward(*operands):
+    """See `composed.memory_prefill_forward`."""
+    return composed.memory_prefill_forward(sys.modules[__name__], *operands)

@@ -120,8 +120,10 @@ def weight_gradients(
     pairs = ((qkv_weight, None), (beta_weight, beta_bias), (decay_weight, decay_bias))
     for (weight, bias), need in zip(pairs, (needs[1:2], needs[2:4], needs[4:6]), strict=True):
         stop = start if weight is None else start + weight.shape[0]
-        wanted = need[0] and weight is not None and d_weights is not None
-        grads.append(d_weights[start:stop].to(weight.dtype, copy=True) if wanted else None)
+        if need[0] and weight is not None and d_weights is not None:
+            grads.append(d_weights[start:stop].to(weight.dtype, copy=True))
+        else:
+            grads.append(None)
         if len(need) == 2:
             grads.append(d_projected[:, start:stop].sum(0).to(bias.dtype) if need[1] and bias is not None else None)
         start = stop

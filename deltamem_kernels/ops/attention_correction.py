@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import choose
-from ._checks import check_backend, check_device, check_fits, check_float, check_shape, fail
+from ._checks import check_backend, check_device, check_fits, check_float, check_once, check_shape, fail
 from ._library import define, library, nobody_listens
 from ._memory import check_writable
 
@@ -50,11 +50,14 @@ def attention_correction(
         RuntimeError: out is a leaf that requires grad, or a view of one, and gradients are recorded.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
-    check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, None)
+    check_once(_checked, check, base, reads, weight, scale, norm_weight, norm_eps, out, backend)
     return run(base, reads, weight, scale, norm_weight, None, None, norm_eps, 0, out, backend)
 
 
-def check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim: int | None) -> None:
+_checked: set[bytes] = set()
+
+
+def check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim: int | None = None) -> None:
     """The arguments that both forms of the correction have; the norm is over head_dim, or over D where it is None."""
     check_float("base", base, "[B, T, D] or [N, D]")
     *leading, width = shape = base.shape

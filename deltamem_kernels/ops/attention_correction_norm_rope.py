@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_fits, fail, fits
+from ._checks import check_fits, check_once, fail, fits
 from ._memory import check_apart
 from .attention_correction import check, run
 
@@ -54,10 +54,19 @@ def attention_correction_norm_rope(
         RuntimeError: out is a leaf that requires grad, or a view of one, and gradients are recorded.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
+    check_once(
+        _checked, _check, base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim, cos, sin
+    )  # fmt: skip
+    return run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, out, backend)
+
+
+_checked: set[bytes] = set()
+
+
+def _check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim, cos, sin) -> None:
     check_head_dim(head_dim)
     check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim)
     check_heads(base, base.shape, base.device, head_dim, cos, sin, out)
-    return run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, out, backend)
 
 
 def check_head_dim(head_dim) -> None:

@@ -16,6 +16,7 @@ from ._checks import (
     check_fits,
     check_float,
     check_mode,
+    check_once,
     check_shape,
     describe,
     fail,
@@ -94,33 +95,43 @@ def memory_decode(
             the pool; on a GPU that is not looked at.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
-    check_projection(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize)
-    _check(state, x, qkv_weight, decay_weight, heads, mode, state_indices)
-    gain, factor, of_head = None, 1.0, 0
-    if base is None:
-        _check_no_base(delta_weight, norm_weight, head_dim, cos, sin, out)
-    else:
-        width = qkv_weight.shape[0] // 3
-        _check_base(x, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, width)
-        gain, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
-        of_head = head_dim or 0
-    if torch.is_grad_enabled():
-        _check_no_gradient(
-            state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, base, delta_weight, gain,
-            norm_weight, cos, sin, out,
-        )  # fmt: skip
-    if backend is not None:
-        check_backend(backend)
+    check_once(
+        _checked, _check, state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize,
+        mode, state_indices, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, backend,
+    )  # fmt: skip
+    gain, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     decode = _decode if nobody_listens(x) else torch.ops.deltamem_kernels.memory_decode
     reads, corrected = decode(
         state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, state_indices,
         None if out is base else base, delta_weight, gain, norm_weight, cos, sin, out, heads, normalize, mode,
-        pad_slot_id, factor, float(norm_eps), of_head, backend or "",
+        pad_slot_id, factor, float(norm_eps), head_dim or 0, backend or "",
     )  # fmt: skip
     return MemoryDecode(reads, None if base is None else corrected if out is None else out)
 
 
-def _check(state, x, qkv_weight, decay_weight, heads, mode, state_indices) -> None:
+_checked: set[bytes] = set()
+
+
+def _check(state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, mode,
+           state_indices, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out,
+           backend):  # fmt: skip
+    check_projection(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize)
+    _check_step(state, x, qkv_weight, decay_weight, heads, mode, state_indices)
+    if base is None:
+        _check_no_base(delta_weight, scale, norm_weight, head_dim, cos, sin, out)
+    else:
+        width = qkv_weight.shape[0] // 3
+        _check_base(x, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, width)
+    if torch.is_grad_enabled():
+        operands = (state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, base, delta_weight, scale)
+        for operand in (*operands, norm_weight, cos, sin, out):
+            if isinstance(operand, Tensor) and operand.requires_grad:
+                raise ValueError("memory_decode has no gradient: call it under torch.no_grad()")
+    if backend is not None:
+        check_backend(backend)
+
+
+def _check_step(state, x, qkv_weight, decay_weight, heads, mode, state_indices) -> None:
     shape, device = x.shape, x.device
     if len(shape) == 3 and shape[1] != 1:
         fail(ValueError, "x", "[N, D] or [N, 1, D]", x)
@@ -145,13 +156,13 @@ def _check(state, x, qkv_weight, decay_weight, heads, mode, state_indices) -> No
         check_device("state_indices", state_indices, device, "x")
 
 
-def _check_no_base(delta_weight, norm_weight, head_dim, cos, sin, out) -> None:
-    if delta_weight is norm_weight is head_dim is cos is sin is out is None:
-        return
+def _check_no_base(delta_weight, scale, norm_weight, head_dim, cos, sin, out) -> None:
     given = {"delta_weight": delta_weight, "norm_weight": norm_weight, "head_dim": head_dim, "cos": cos, "sin": sin}
     for name, value in (given | {"out": out}).items():
         if value is not None:
             fail(ValueError, name, "None without a base to correct", value)
+    if isinstance(scale, Tensor) or scale != 1:
+        fail(ValueError, "scale", "1 without a base to correct", scale)
 
 
 def _check_base(x, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, width) -> None:
@@ -170,12 +181,6 @@ def _check_base(x, base, delta_weight, scale, head_dim, norm_weight, norm_eps, c
     check_options(base, shape, device, None, delta_weight, scale, norm_weight, norm_eps, out, head_dim, "delta_weight")
     if head_dim is not None:
         check_heads(base, shape, device, head_dim, cos, sin, out)
-
-
-def _check_no_gradient(*operands) -> None:
-    for operand in operands:
-        if operand is not None and operand.requires_grad:
-            raise ValueError("memory_decode has no gradient: call it under torch.no_grad()")
 
 
 # Of base and out the one that is None is the other: base of None is corrected in place. `corrected` is empty where out

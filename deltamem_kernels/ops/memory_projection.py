@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import choose
 from ..backends.arithmetic import accumulation_dtype
-from ._checks import MAX_RANK, check_backend, check_device, check_fits, check_float, fail, fits
+from ._checks import MAX_RANK, check_backend, check_device, check_fits, check_float, check_once, fail, fits
 from ._library import define, library, nobody_listens
 
 
@@ -67,10 +67,11 @@ def memory_projection(
         TypeError, ValueError: an argument that does not fit, before anything runs.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
-    check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize)
+    operands = (x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias)
+    check_once(_checked, check, *operands, heads, normalize)
     if backend is not None:
         check_backend(backend)
-    return run(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, backend)
+    return run(*operands, heads, normalize, backend)
 
 
 def run(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, backend) -> MemoryProjection:
@@ -82,6 +83,9 @@ def run(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, 
         project = _forward if nobody_listens(x) else torch.ops.deltamem_kernels.memory_projection
         q, k, v, beta, decay, _ = project(*operands, heads, normalize, backend or "")
     return MemoryProjection(q, k, v, beta, None if decay_weight is None else decay)
+
+
+_checked: set[bytes] = set()
 
 
 def check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize) -> None:

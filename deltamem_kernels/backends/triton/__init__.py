@@ -61,6 +61,13 @@ def memory_projection_backward(*operands) -> list[Tensor | None]:
     return memory_projection.memory_projection_backward(*operands)
 
 
+def memory_prefill_forward(*operands) -> tuple[Tensor, ...]:
+    """As in backends/composed.py, in a launch less where the projection makes the chunks' maps."""
+    from . import prefill
+
+    return prefill.memory_prefill_forward(*operands)
+
+
 def memory_decode(*operands) -> tuple[Tensor, Tensor]:
     """As in backends/composed.py, in two launches, one where nothing is corrected."""
     from . import decode
