@@ -56,7 +56,7 @@ def self_check(backend: str) -> tuple[int, float, list[str]]:
     float32, and a line for each that misses."""
     device = "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
     interpreted = backend == "triton" and device == "cpu"
-    # A token takes milliseconds in Triton's interpreter. Long sequences run in chunks on `cuda`: from 1,024 on at R = 16.
+    # A token takes milliseconds in Triton's interpreter. On `cuda` chunks begin at 1,024 tokens where R = 16.
     tokens = 3 if interpreted else 1100 if backend == "cuda" else 130
     ranks = (4,) if interpreted else (4, 8, 16)
     cases, worst, misses = 0, 0.0, []

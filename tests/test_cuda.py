@@ -158,6 +158,13 @@ def test_slots_outside_of_the_pool_are_pads():
     assert torch.count_nonzero(others) == 0
 
 
+def test_more_blocks_than_a_gpu_takes():
+    """An error in words, before anything runs; nothing is truncated."""
+    row = torch.zeros(1, 1).expand(2**34, 1)
+    with pytest.raises(ValueError, match="needs 4294967296 blocks for one launch"):
+        cuda_host.library().correct(row, row, torch.zeros(1, 1), None, None, None, None, 1.0, 0.0, 0, row)
+
+
 # Sanitizers, on a program of its own
 
 SANITIZERS = {"address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], "thread": ["-fsanitize=thread"]}
