@@ -105,7 +105,9 @@ def check_options(
 
 def _check_scale(scale, device: torch.device) -> None:
     if isinstance(scale, Tensor):
-        check_fits("scale", scale, ((),), "of no dimensions", device, "base")
+        check_float("scale", scale, "of no dimensions")
+        check_shape("scale", scale, ((),), "a number")
+        check_device("scale", scale, device, "base")
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         fail(TypeError, "scale", "a number, or a tensor of no dimensions", scale)
 
