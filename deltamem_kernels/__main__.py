@@ -120,23 +120,26 @@ def _layer_results(operands: dict[str, Tensor], backend: str, dtype: torch.dtype
     for name in weights:
         x[name].requires_grad_()
     p = memory_projection(x["x"], x["qkv"], x["beta"], x["bias"], heads=2, backend=backend)
+    projected = (p.q, p.k, p.v, p.beta)
     out = attention_correction(x["x"], p.v, x["delta"], 0.5, backend=backend)
-    rotary = {"head_dim": 8, "norm_weight": x["norm"], "cos": x["cos"], "sin": x["sin"]}
+    rotary: dict = {"head_dim": 8, "norm_weight": x["norm"], "cos": x["cos"], "sin": x["sin"]}
     query = attention_correction_norm_rope(x["x"], p.q, x["delta"], 0.5, **rotary, backend=backend)
     ids = torch.arange(x["x"].shape[1], device=device).remainder(2).unsqueeze(0)
     means = segment_mean(x["x"], ids, 2, backend=backend).means
-    loss = sum(y.square().sum() for y in (*p[:4], out, query, means))
+    results = {"projection": torch.cat([y.flatten() for y in projected])}
+    results |= {"correction": out, "query": query, "means": means}
+    loss = torch.stack([y.double().square().sum() for y in results.values()]).sum()
     grads = torch.autograd.grad(loss, [x[name] for name in weights])
-    results = {"projection": torch.cat([y.flatten() for y in p[:4]]), "correction": out, "query": query, "means": means}
     with torch.no_grad():
         pools = pool.clone(), pool.clone()
-        q, k, v, beta = (y[0] for y in p[:4])
+        q, k, v, beta = (y[0] for y in projected)
         results["step"] = delta_step(pools[0], q, k, v, beta, backend=backend)
         row = {name: x[name][0] for name in ("x", "cos", "sin")}
         options = rotary | {"heads": 2, "base": row["x"], "delta_weight": x["delta"], "scale": 0.5, "backend": backend}
         decoded = memory_decode(
             pools[1], row["x"], x["qkv"], x["beta"], x["bias"], **options | {"cos": row["cos"], "sin": row["sin"]}
         )
+    assert decoded.corrected is not None
     results |= {"decoded": decoded.corrected, "stepped": pools[0], "pool": pools[1]}
     results = {name: y.detach() for name, y in results.items()}
     return results | {f"gradient of {name}": g for name, g in zip(weights, grads, strict=True)}

@@ -307,6 +307,7 @@ def meta(*shape: int) -> Tensor:
         ({"base": meta(N, 4 * HEAD)}, ValueError, ["base must be on x's device", "meta"]),
         ({"base": torch.zeros(N, 1, 4 * HEAD)}, ValueError, ["base must be [N, Dq] with x's N=5", "[5, 1, 24]"]),
         ({"base": None}, ValueError, ["delta_weight must be None without a base"]),
+        (dict.fromkeys(correction(1, 8, "heads")) | {"scale": 2.0}, ValueError, ["scale must be 1 without a base"]),
         ({"delta_weight": None}, TypeError, ["delta_weight must be a tensor", "None"]),
         ({"delta_weight": torch.zeros(4 * HEAD, 7)}, ValueError, ["delta_weight must be [Dq, H·R]", "[24, 7]"]),
         ({"scale": "big"}, TypeError, ["scale must be a number", "big"]),
