@@ -20,7 +20,7 @@ MAPS_RANK = 8
 
 
 @triton.jit
-def load_step(p_k, p_v, p_beta, p_decay, i_t, T, k_st, beta_st, decay_st, R: tl.constexpr):
+def load_step(p_k, p_v, p_beta, p_decay, i_t, k_st, beta_st, decay_st, R: tl.constexpr):
     """k, number after number, then v, beta and decay of token i_t."""
     b_k = ()
     for c in tl.static_range(R):
@@ -57,8 +57,6 @@ def memory_prefill_kernel(
         x_sb, x_st, x_sd, qkv_sr, qkv_sd, beta_sr, beta_sd, decay_sr, decay_sd, beta_bias_s, decay_bias_s,
         R, BETA_PER_HEAD, DECAY_PER_HEAD, NORMALIZE, HEADS, RANK, BLOCK_M, BLOCK_D, PRECISION,
     )  # fmt: skip
-    if i_chunk + 1 == chunks:
-        return
     tl.debug_barrier()  # what other threads of the program have written is there
 
     i_l = tl.arange(0, VIRTUAL * RANK).to(tl.int64)
@@ -77,20 +75,22 @@ def memory_prefill_kernel(
     if DECAY:
         p_decay += first * decay_st + (i_h if DECAY_PER_HEAD else i_row)
 
+    end = tl.minimum(T - i_chunk * CHUNK, CHUNK) - 1
     b_s = ()
     for c in tl.static_range(R):
         b_s = b_s + (tl.where(i_m == c, 1.0, 0.0).to(dtype),)
-    ahead = load_step(p_k, p_v, p_beta, p_decay if DECAY else None, 0, T, H * R, beta_st, decay_st, R)
-    for i in range(CHUNK):
+    ahead = load_step(p_k, p_v, p_beta, p_decay if DECAY else None, 0, H * R, beta_st, decay_st, R)
+    for i in range(CHUNK):  # of the last chunk too, whose map nobody asks for: with a branch a register spills
         b_k, b_v, b_beta, b_decay = ahead
-        i_next = tl.minimum(i + 1, CHUNK - 1)
-        ahead = load_step(p_k, p_v, p_beta, p_decay if DECAY else None, i_next, T, H * R, beta_st, decay_st, R)
+        i_next = tl.minimum(i + 1, end)
+        ahead = load_step(p_k, p_v, p_beta, p_decay if DECAY else None, i_next, H * R, beta_st, decay_st, R)
         if not DECAY:
             b_decay = 1 - b_beta
         b_keep, b_erase, b_write = gates(b_beta, b_decay, b_beta, MODE)
         b_v = tl.where(i_m == R, b_v, 0.0)
         b_s = combine(b_keep, b_s, write_row(b_s, b_k, b_v, b_erase, b_write, R, 1), b_k, R)
     i_slot = i_b * (T // CHUNK) + i_chunk  # of the chunk behind: the map leads to the state before it
+    m_l = m_l & (i_l * 0 + i_chunk + 1 < chunks)
     store_state(p_maps + (i_slot * H * (R + 1) + i_u) * R * R + i_r * R, 1, b_s, m_l, R)
 
 
