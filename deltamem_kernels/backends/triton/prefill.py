@@ -138,6 +138,8 @@ def prefill_launches(
     if whole and kernel is memory_projection_kernel and R <= MAPS_RANK and arguments["BLOCK_M"] >= of_maps["CHUNK"]:
         virtual = triton.next_power_of_2(min(heads, arguments["HEADS"]) * (R + 1))
         arguments |= {"p_maps": of_maps["p_maps"], "MODE": mode, "CHUNK": of_maps["CHUNK"], "VIRTUAL": virtual}
+        if decay is not None:
+            arguments["num_stages"] = 2  # with five sums and three stages a register spills on sm_80
         grid = (x.shape[0] * triton.cdiv(x.shape[1], of_maps["CHUNK"]), grid[1])
         kernel, scan = memory_prefill_kernel, scan[1:]
     return [(kernel, grid, arguments), *scan], (*projected, *outputs)
