@@ -69,7 +69,7 @@ def driver() -> str | None:
 def compiler() -> str | None:
     """nvcc's release, as in 13.0."""
     path = build.nvcc()
-    found = re.search(r"release ([\d.]+)", path and _said(path, "--version") or "")
+    found = re.search(r"release ([\d.]+)", (_said(path, "--version") if path else None) or "")
     return found and found[1]
 
 

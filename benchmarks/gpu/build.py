@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu.build`: compiles the libraries of csrc/ and Triton's kernels for this GPU, and says how long
-it took."""
+"""`python -m benchmarks.gpu.build`: compiles the libraries of csrc/ and Triton's kernels for this GPU, and says
+how long it took."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu.cases`: every kernel of a backend on a small problem, against float64. Small, so that it can
-run under compute-sanitizer; inputs are made on the CPU and copied, so that no other kernel writes what ours read."""
+"""`python -m benchmarks.gpu.cases`: every kernel of a backend on a small problem, against float64. Small, so that it
+can run under compute-sanitizer; inputs are made on the CPU and copied: no other kernel writes what ours read."""
 
 from __future__ import annotations
 

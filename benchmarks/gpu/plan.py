@@ -179,8 +179,9 @@ MODEL = (("model's decoding", "--tokens 1 --batch 1 8 64", 440), ("model's prefi
 
 
 def _bench(target: Target) -> list[Step]:
-    whole = [operation.name for operation in load_operations() if operation.name.startswith("model Qwen3-4B")]
-    models = [(name, ("--op", whole[0]), sizes, limit) for name, sizes, limit in MODEL] if whole else []
+    model = ("--op", "model Qwen3-4B")
+    there = model[1] in (operation.name for operation in load_operations())
+    models = [(name, model, sizes, limit) for name, sizes, limit in MODEL] if there else []
     ceilings = ("--shrink", "64", "--seconds", "0.1") if target.rehearsal else ()
     steps = [Step("ceilings", _own("ceilings", target, *ceilings), 120)]
     for name, what, sizes, limit in (*BENCH, *models):
@@ -223,7 +224,11 @@ def _profile(target: Target) -> list[Step]:
         case = [operation, implementation, "--tokens", str(tokens), "--batch", str(batch)]
         name = f"{operation}, {implementation}, B={batch} T={tokens}"
         if target.rehearsal:
-            case[1:4] = [implementation.replace("triton", "cpu").replace("cuda", "cpu"), "--tokens", str(min(tokens, 64))]
+            case[1:4] = [
+                implementation.replace("triton", "cpu").replace("cuda", "cpu"),
+                "--tokens",
+                str(min(tokens, 64)),
+            ]
         steps.append(Step(f"{name}: times", _own("hot", target, *case), 120))
         program = (*PYTHON, "benchmarks.gpu.hot", *case)
         if not target.rehearsal and tool("ncu"):

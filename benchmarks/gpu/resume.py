@@ -1,5 +1,5 @@
-"""A pytest plugin: `-p benchmarks.gpu.resume --outcomes FILE` writes each test's outcome to FILE as it comes, and leaves
-out the tests that have passed there. A suite that is stopped in the middle goes on from there."""
+"""A pytest plugin: `-p benchmarks.gpu.resume --outcomes FILE` writes each test's outcome to FILE as it comes, and
+leaves out the tests that have passed there. A suite that is stopped in the middle goes on from there."""
 
 from __future__ import annotations
 
@@ -74,7 +74,11 @@ def summary(path: Path) -> list[dict]:
         if entry["outcome"] != "passed":
             rows.append(entry)
     sums = [
-        {"file": file, **{x: counts[x] for x in ("passed", "failed", "skipped")}, "seconds": round(counts["seconds"], 1)}
+        {
+            "file": file,
+            **{x: counts[x] for x in ("passed", "failed", "skipped")},
+            "seconds": round(counts["seconds"], 1),
+        }
         for file, counts in sorted(files.items())
     ]
     return sums + rows

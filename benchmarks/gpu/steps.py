@@ -162,7 +162,8 @@ def run_part(
         if again:
             _kept(step, record).unlink(missing_ok=True)
         done = _run(step, record, budget, provenance, execute)
-        say(f"{record.part}: {step.name}: {done['status']} ({done['seconds']:.0f} s){done['note'] and ': '}{done['note']}")
+        note = f": {done['note']}" if done["note"] else ""
+        say(f"{record.part}: {step.name}: {done['status']} ({done['seconds']:.0f} s){note}")
     if late:
         say(f"{record.part}: no time was left for {', '.join(late)}: call again")
     found = [UNFINISHED] * bool(late) + [record.status(step.name) or UNFINISHED for step in steps]
