@@ -22,7 +22,7 @@ from . import plan
 from .steps import CANNOT, EXIT, OK, WORST_LAST, Budget, Execute, Record, execute, run_part
 
 OUT = machine.ROOT / ".benchmarks" / "gpu"
-MOST_SECONDS = 470.0
+MOST_SECONDS = 460.0  # torch is imported before, and a process that is stopped may take ten to end
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -43,6 +43,7 @@ def _plain(name: str) -> str:
 class Writer:
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", buffering=1)
+        self._file.write("\n")  # ends a line that was being written when the suite was stopped
         self._seconds: Counter[str] = Counter()
         self._told: set[str] = set()
 

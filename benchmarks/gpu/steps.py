@@ -66,7 +66,8 @@ class Step:
 
     def as_typed(self) -> str:
         """What to type to have it again; the device machine's paths are nobody's business."""
-        words = ["python" if word == sys.executable else word for word in self.command]
+        names = {sys.executable: "python", "{rows}": "ROWS.json", "{keep}": "OUTCOMES.jsonl"}
+        words = [names.get(word, word) for word in self.command]
         return without_paths(" ".join([f"{n}={x}" for n, x in self.environment] + [shlex.join(words)]))
 
 
