@@ -109,7 +109,7 @@ def _test(target: Target) -> list[Step]:
     command = [*PYTHON, "pytest", "-p", "benchmarks.gpu.resume", "--outcomes", "{keep}", "-q", "--tb=short"]
     command += ["-p", "no:cacheprovider", "--seed", "1"]
     if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout", "200"]
+        command += ["--timeout", "400"]
     if target.rehearsal:
         command += ["tests/test_scan.py", "-k", "choice"]
     elif importlib.util.find_spec("xdist"):
