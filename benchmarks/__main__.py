@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def parse(arguments: Sequence[str], operation_names: Sequence[str]) -> argparse.
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=os.cpu_count(), help="CPU: the better of one thread and this many counts")
     add("--seconds", type=float, help="time for each implementation and shape (default: 2)")
+    add("--samples", type=int, default=math.inf, help="at most so many of each, at least 3 (default: what time allows)")
     add("--quick", action="store_true", help="a look: T=128, 0.1 s each, without what takes long to start")
     add("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE-INPUT-DTYPE.json")
     add("--plot", type=Path, metavar="FILE", help="default: beside the JSON file, .png")
@@ -45,6 +47,8 @@ def parse(arguments: Sequence[str], operation_names: Sequence[str]) -> argparse.
     options.plot = options.plot or options.json.with_suffix(".png")
     if min(options.rank, options.heads, options.threads, *options.batch or [1], *options.tokens or [1]) < 1:
         parser.error("sizes and threads must be at least 1")
+    if options.samples < measure.LEAST_SAMPLES:
+        parser.error(f"--samples must be at least {measure.LEAST_SAMPLES}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     return options
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str] | None = None, operations: Sequence[Operation]
 
     torch.set_num_threads(options.threads)
     bandwidth = measure.copy_bandwidth(options.device)
-    settings = Settings(options.seconds, sorted({1, options.threads}), bandwidth, options.quick)
+    settings = Settings(options.seconds, sorted({1, options.threads}), bandwidth, options.quick, options.samples)
     rows = []
     with Progress(total) as progress:
         for operation, shape in cases:

@@ -120,9 +120,13 @@ def copies_past_cache(input_bytes: int, device: str) -> int:
 
 
 def round_robin(
-    stopwatches: Sequence[CpuStopwatch | CudaStopwatch], seconds: float, progress: Callable[[float], None]
+    stopwatches: Sequence[CpuStopwatch | CudaStopwatch],
+    seconds: float,
+    progress: Callable[[float], None],
+    most: float = math.inf,
 ) -> None:
-    """Gives each stopwatch `seconds`, in slices that take turns: a slow minute of the machine is shared by all."""
+    """Gives each stopwatch `seconds`, in slices that take turns: a slow minute of the machine is shared by all. Who has
+    taken `most` samples is done."""
     spent = [0.0] * len(stopwatches)
     waiting = list(range(len(stopwatches)))
     with _no_garbage_collection():
@@ -131,12 +135,13 @@ def round_robin(
                 gc.collect()
                 stopwatches[i].start()
                 began, elapsed = time.perf_counter(), 0.0
-                while elapsed < seconds / SLICES:
+                while elapsed < seconds / SLICES and len(stopwatches[i].samples) < most:
                     stopwatches[i].sample()
                     elapsed = time.perf_counter() - began
                 spent[i] += elapsed
                 progress(elapsed / seconds)
-                if spent[i] >= seconds and len(stopwatches[i].samples) >= LEAST_SAMPLES:
+                taken = len(stopwatches[i].samples)
+                if taken >= most or (spent[i] >= seconds and taken >= LEAST_SAMPLES):
                     waiting.remove(i)
 
 

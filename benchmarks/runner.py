@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ class Settings:
     thread_choices: Sequence[int]
     bandwidth: float
     quick: bool = False
+    samples: float = math.inf  # at most
 
 
 def relative_errors(outputs: Tensors, expected: Tensors) -> dict[str, float]:
@@ -105,7 +107,8 @@ def run_case(
             if stopwatch:
                 timed.append((row, stopwatch))
         progress.describe(f"{operation.name}, T={shape.tokens}: timing")
-        measure.round_robin([stopwatch for _, stopwatch in timed], settings.seconds, progress.advance)
+        stopwatches = [stopwatch for _, stopwatch in timed]
+        measure.round_robin(stopwatches, settings.seconds, progress.advance, settings.samples)
     for row, stopwatch in timed:
         low, row.seconds, high = measure.quartiles(stopwatch.samples)
         row.quartiles, row.samples, row.method = (low, high), len(stopwatch.samples), stopwatch.method

@@ -230,6 +230,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("backward", &deltamem::backward);
   m.def("step", &deltamem::step);
   deltamem::bind_correction(m);
+  deltamem::bind_fingerprint(m);
   deltamem::bind_layer(m);
   deltamem::bind_projection(m);
   m.def("isas", &deltamem::isas, "The instruction sets this processor has, the best first.");

@@ -25,6 +25,7 @@ Tensor correct(const Tensor& base, const Tensor& reads, const Tensor& weight, co
                const MaybeTensor& norm_weight, const MaybeTensor& cos, const MaybeTensor& sin, double scale,
                double norm_eps, int64_t head_dim, const MaybeTensor& given);
 
+void bind_fingerprint(py::module_& m);
 void bind_layer(py::module_& m);
 void bind_projection(py::module_& m);
 void bind_correction(py::module_& m);

@@ -16,8 +16,8 @@ std::tuple<Tensor, Tensor> memory_decode(
       held_projection(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, held);
   const DType type = p.double_precision ? DType::f64 : DType::f32;
   const auto options = x.options().dtype(p.double_precision ? at::kDouble : at::kFloat);
-  const int64_t N = p.T, width = p.H * p.R;
-  Tensor reads = at::empty({N, p.H, p.R}, options);
+  const int64_t N = p.B * p.T, width = p.H * p.R;
+  Tensor reads = x.dim() == 3 ? at::empty({N, 1, p.H, p.R}, options) : at::empty({N, p.H, p.R}, options);
 
   // What is projected, in one piece of memory, and how the step finds it there.
   Tensor projected = at::empty({N * (p.rows() + 2 * p.H)}, options);

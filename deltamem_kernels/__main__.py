@@ -11,7 +11,17 @@ import sys
 import torch
 from torch import Tensor
 
-from . import __version__, backends, delta_update
+from . import (
+    __version__,
+    attention_correction,
+    attention_correction_norm_rope,
+    backends,
+    delta_step,
+    delta_update,
+    memory_decode,
+    memory_projection,
+    segment_mean,
+)
 from .backends import extension
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -46,20 +56,28 @@ def self_check(backend: str) -> tuple[int, float, list[str]]:
     float32, and a line for each that misses."""
     device = "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
     interpreted = backend == "triton" and device == "cpu"
-    # A token takes milliseconds in Triton's interpreter. Long sequences run in chunks on `cuda`.
-    tokens = 3 if interpreted else 600 if backend == "cuda" else 130
+    # A token takes milliseconds in Triton's interpreter. On `cuda` chunks begin at 1,024 tokens where R = 16.
+    tokens = 3 if interpreted else 1100 if backend == "cuda" else 130
     ranks = (4,) if interpreted else (4, 8, 16)
     cases, worst, misses = 0, 0.0, []
-    for rank, mode, dtype in itertools.product(ranks, ("standard", "lambda_outside", "no_lambda"), TOLERANCE):
-        operands = _problem(tokens, rank, mode, dtype)
-        exact = _results(operands, mode, "reference", torch.float64, "cpu")
-        ours = _results(operands, mode, backend, dtype, device)
+
+    def compare(exact: dict[str, Tensor], ours: dict[str, Tensor], dtype: torch.dtype, what: str) -> None:
+        nonlocal cases, worst
         for name, x in exact.items():
             error = ((ours[name].double().cpu() - x).norm() / x.norm()).item()
             worst = max(worst, error) if dtype == torch.float32 else worst
             if not error <= TOLERANCE[dtype]:
-                misses.append(f"{name}, {mode}, R={rank}, {dtype}: error {error:.1e}, at most {TOLERANCE[dtype]:.0e}")
+                misses.append(f"{name}, {what}, {dtype}: error {error:.1e}, at most {TOLERANCE[dtype]:.0e}")
         cases += 1
+
+    for rank, mode, dtype in itertools.product(ranks, ("standard", "lambda_outside", "no_lambda"), TOLERANCE):
+        operands = _problem(tokens, rank, mode, dtype)
+        exact = _results(operands, mode, "reference", torch.float64, "cpu")
+        compare(exact, _results(operands, mode, backend, dtype, device), dtype, f"{mode}, R={rank}")
+    for dtype in TOLERANCE:
+        operands = _layer_problem(dtype, few=interpreted)
+        exact = _layer_results(operands, "reference", torch.float64, "cpu")
+        compare(exact, _layer_results(operands, backend, dtype, device), dtype, "of a layer")
     return cases, worst, misses
 
 
@@ -84,6 +102,47 @@ def _results(
     loss = out.reads.square().sum() + out.final_state.square().sum()
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return {**{n: x.detach() for n, x in out._asdict().items()}, **dict(zip(leaves, grads, strict=True))}
+
+
+def _layer_problem(dtype: torch.dtype, few: bool) -> dict[str, Tensor]:
+    """Hidden states and a layer's weights, of two heads of rank 4 and attention heads of 8 numbers."""
+    g = torch.Generator().manual_seed(2)
+    N, D = (2, 16) if few else (37, 80)
+    shapes = {"x": (1, N, D), "qkv": (24, D), "beta": (8, D), "bias": (8,), "delta": (D, 8), "norm": (8,)}
+    shapes |= {"cos": (1, N, 8), "sin": (1, N, 8), "pool": (N, 2, 4, 4)}
+    return {name: (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(dtype) for name, shape in shapes.items()}
+
+
+def _layer_results(operands: dict[str, Tensor], backend: str, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """What the operations around the scan result in, and the gradients of those that have them."""
+    x = {name: y.to(device, dtype) for name, y in operands.items()}
+    pool, weights = x.pop("pool"), ("x", "qkv", "beta", "bias", "delta", "norm")
+    for name in weights:
+        x[name].requires_grad_()
+    p = memory_projection(x["x"], x["qkv"], x["beta"], x["bias"], heads=2, backend=backend)
+    projected = (p.q, p.k, p.v, p.beta)
+    out = attention_correction(x["x"], p.v, x["delta"], 0.5, backend=backend)
+    rotary: dict = {"head_dim": 8, "norm_weight": x["norm"], "cos": x["cos"], "sin": x["sin"]}
+    query = attention_correction_norm_rope(x["x"], p.q, x["delta"], 0.5, **rotary, backend=backend)
+    ids = torch.arange(x["x"].shape[1], device=device).remainder(2).unsqueeze(0)
+    means = segment_mean(x["x"], ids, 2, backend=backend).means
+    results = {"projection": torch.cat([y.flatten() for y in projected])}
+    results |= {"correction": out, "query": query, "means": means}
+    loss = torch.stack([y.double().square().sum() for y in results.values()]).sum()
+    grads = torch.autograd.grad(loss, [x[name] for name in weights])
+    with torch.no_grad():
+        pools = pool.clone(), pool.clone()
+        q, k, v, beta = (y[0] for y in projected)
+        results["step"] = delta_step(pools[0], q, k, v, beta, backend=backend)
+        row = {name: x[name][0] for name in ("x", "cos", "sin")}
+        options = rotary | {"heads": 2, "base": row["x"], "delta_weight": x["delta"], "scale": 0.5, "backend": backend}
+        decoded = memory_decode(
+            pools[1], row["x"], x["qkv"], x["beta"], x["bias"], **options | {"cos": row["cos"], "sin": row["sin"]}
+        )
+    assert decoded.corrected is not None
+    results |= {"decoded": decoded.corrected, "stepped": pools[0], "pool": pools[1]}
+    results = {name: y.detach() for name, y in results.items()}
+    return results | {f"gradient of {name}": g for name, g in zip(weights, grads, strict=True)}
 
 
 def _triton() -> str:

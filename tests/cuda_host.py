@@ -11,12 +11,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
+import pytest
 import torch
 from torch.utils import cpp_extension
 
-from deltamem_kernels.backends import build, composed, cuda, extension
+from deltamem_kernels.backends import build, cuda, extension
+from deltamem_kernels.backends.scan import force_scan
 
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-DDELTAMEM_CUDA_HOST", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
@@ -51,24 +53,11 @@ def wrapped(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def installed(chunked_from: int = 0) -> Iterator[None]:
-    """As the backend "cuda" of CPU tensors. Sequences of chunked_from tokens run in chunks; 0 for the usual choice."""
-    found = library()
-    kernels = {
-        "delta_update_forward": found.forward,
-        "delta_update_backward": found.backward,
-        "delta_step": found.step,
-        "correct": found.correct,
-        "memory_projection_forward": found.memory_projection,
-        "memory_decode": lambda *operands: composed.memory_decode(module, *operands),
-    }
-    module = SimpleNamespace(**{name: getattr(cuda, name) for name in cuda.__all__} | kernels)
+def installed(chunked: bool | None = None) -> Iterator[None]:
+    """As the backend "cuda" of CPU tensors. chunked: whether scans run in chunks; None for the usual choice."""
     package = importlib.import_module("deltamem_kernels.backends")
     key = ("cuda", torch.device("cpu"))
-    found.set_chunked_from(chunked_from)
-    package._chosen[key] = module
-    try:
+    with contextlib.nullcontext() if chunked is None else force_scan(chunked), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_kernels", library)
+        patch.setitem(package._chosen, key, cuda)
         yield
-    finally:
-        found.set_chunked_from(0)
-        del package._chosen[key]

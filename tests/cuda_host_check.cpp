@@ -2,12 +2,14 @@
 // for sanitizers. Every array is a piece of memory with nothing to spare. Arguments: the seed. Exit status 1 on a mismatch.
 #include "cuda_host_check.h"
 
+constexpr int64_t kPlain = INT64_MAX;  // no sequence runs in chunks
+
 struct Case {
   int64_t T, H, R;
   Mode mode = Mode::standard;
   bool coupled = true, per_head = false, masked = false;
   DType dtype = DType::f32;
-  int64_t chunked_from = 0;
+  int64_t chunked_from = kPlain;
   std::vector<int64_t> lengths = {};  // packed sequences, or a batch of 2
 };
 
@@ -25,7 +27,7 @@ struct Tokens {
     const double unit = 1 / std::sqrt(double(c.R));
     q = {c.dtype, size_t(count), -unit, unit}, k = {c.dtype, size_t(count), -unit, unit};
     // In chunks with gates that forget little: what a chunk starts from is still there at its end.
-    const double most = c.chunked_from ? 0.05 : 1, least_decay = c.chunked_from ? 0.97 : 0.01;
+    const double most = c.chunked_from < kPlain ? 0.05 : 1, least_decay = c.chunked_from < kPlain ? 0.97 : 0.01;
     v = {c.dtype, size_t(count), -1, 1}, beta = {c.dtype, size_t(gates), 0.01, most};
     if (!c.coupled || c.mode == Mode::affine) decay = {c.dtype, size_t(gates), least_decay, 1};
     if (c.mode == Mode::affine) write = {c.dtype, size_t(count), 0.01, 1};
@@ -104,7 +106,6 @@ struct Tokens {
 void sequences(const Case& c) {
   const Tokens x(c);
   const Problem p = x.problem();
-  cuda::set_chunked_from(c.chunked_from);
   const DType type = p.double_precision ? DType::f64 : DType::f32;
   const int64_t count = x.q.count, gates = x.beta.count, states = x.initial.count;
   const Array d_reads(c.dtype, count, -1, 1), d_final(type, states, -1, 1);
@@ -114,9 +115,9 @@ void sequences(const Case& c) {
 
   Array our_reads(c.dtype, count), our_finals(type, states);
   Array checkpoints(type, x.B * (c.T / kCheckpointInterval) * c.H * c.R * c.R);
-  auto forward_memory = std::make_unique<char[]>(cuda::forward_needs(p).workspace);
+  auto forward_memory = std::make_unique<char[]>(cuda::forward_needs(p, c.chunked_from).workspace);
   const ForwardOutput out{x.rows(our_reads), our_finals.bytes.get(), checkpoints.bytes.get()};
-  cuda::forward(p, out, forward_memory.get(), nullptr);
+  cuda::forward(p, c.chunked_from, out, forward_memory.get(), nullptr);
   compare("reads", our_reads, reads), compare("final_state", our_finals, finals);
 
   Array d[7];
@@ -125,8 +126,8 @@ void sequences(const Case& c) {
                       x.states(d[6])};
   if (x.decay.count) back.decay = x.gates(d[4]);
   if (x.write.count) back.write = x.rows(d[5]);
-  auto memory = std::make_unique<char[]>(cuda::backward_needs(p).workspace);
-  cuda::backward(p, x.rows(d_reads), x.states(d_final), checkpoints.bytes.get(), back, memory.get(), nullptr);
+  auto memory = std::make_unique<char[]>(cuda::backward_needs(p, c.chunked_from).workspace);
+  cuda::backward(p, c.chunked_from, x.rows(d_reads), x.states(d_final), checkpoints.bytes.get(), back, memory.get(), nullptr);
   const char* names[] = {"d_q", "d_k", "d_v", "d_beta", "d_decay", "d_write", "d_initial_state"};
   for (int i = 0; i < 7; ++i)
     if ((i != 4 || back.decay.data) && (i != 5 || back.write.data)) compare(names[i], d[i], exact[i]);
@@ -137,16 +138,15 @@ void wrong_bounds(const Case& c, std::vector<int64_t> bounds) {
   Tokens x(c);
   x.bounds = bounds;
   const Problem p = x.problem();
-  cuda::set_chunked_from(c.chunked_from);
   const int64_t states = x.initial.count;
   Array reads(c.dtype, x.q.count), finals(DType::f32, states), d_reads(c.dtype, x.q.count, -1, 1);
   Array checkpoints(DType::f32, (c.T / kCheckpointInterval) * c.H * c.R * c.R, -1, 1), d_q(c.dtype, x.q.count);
-  auto memory = std::make_unique<char[]>(cuda::forward_needs(p).workspace);
-  cuda::forward(p, {x.rows(reads), finals.bytes.get(), checkpoints.bytes.get()}, memory.get(), nullptr);
-  memory = std::make_unique<char[]>(cuda::backward_needs(p).workspace);
+  auto memory = std::make_unique<char[]>(cuda::forward_needs(p, c.chunked_from).workspace);
+  cuda::forward(p, c.chunked_from, {x.rows(reads), finals.bytes.get(), checkpoints.bytes.get()}, memory.get(), nullptr);
+  memory = std::make_unique<char[]>(cuda::backward_needs(p, c.chunked_from).workspace);
   BackwardOutput out{};
   out.q = x.rows(d_q);
-  cuda::backward(p, x.rows(d_reads), {}, checkpoints.bytes.get(), out, memory.get(), nullptr);
+  cuda::backward(p, c.chunked_from, x.rows(d_reads), {}, checkpoints.bytes.get(), out, memory.get(), nullptr);
 }
 
 // Rows 0 and 1 on slots 2 and 0 of three; slot 1 stays as it is.
@@ -184,15 +184,15 @@ int main(int count, char** arguments) {
   for (Mode mode : modes)
     for (bool coupled : {true, false})
       if (!(coupled && mode == Mode::affine) && (coupled || mode != Mode::no_lambda))
-        run("mode", {9, 2, 4, mode, coupled, mode != Mode::affine && !coupled, !coupled, DType::f32, 0, {}});
-  run("packed", {69, 1, 4, Mode::standard, true, false, true, DType::f32, 0, {0, 1, 66, 2, 0}});
+        run("mode", {9, 2, 4, mode, coupled, mode != Mode::affine && !coupled, !coupled, DType::f32, kPlain, {}});
+  run("packed", {69, 1, 4, Mode::standard, true, false, true, DType::f32, kPlain, {0, 1, 66, 2, 0}});
   run("in chunks", {133, 1, 4, Mode::lambda_outside, false, false, true, DType::f32, 65, {}});
   run("packed, in chunks", {140, 1, 8, Mode::standard, true, false, false, DType::f32, 65, {0, 3, 129, 8, 0}});
   run("in chunks", {66, 1, 16, Mode::standard, true, false, false, DType::bf16, 65, {}});
-  run("three heads of 16 bits", {5, 3, 8, Mode::standard, true, false, false, DType::f16, 0, {}});
-  run("float64", {5, 1, 5, Mode::standard, true, false, true, DType::f64, 0, {}});
-  for (int64_t R : {1, 3, 16, 33, 65}) run("rank", {R > 16 ? 2 : 5, 1, R, Mode::standard, true, false, false, DType::f32, 0, {}});
-  for (int64_t chunked_from : {0, 65}) {
+  run("three heads of 16 bits", {5, 3, 8, Mode::standard, true, false, false, DType::f16, kPlain, {}});
+  run("float64", {5, 1, 5, Mode::standard, true, false, true, DType::f64, kPlain, {}});
+  for (int64_t R : {1, 3, 16, 33, 65}) run("rank", {R > 16 ? 2 : 5, 1, R, Mode::standard, true, false, false, DType::f32, kPlain, {}});
+  for (int64_t chunked_from : {kPlain, int64_t(65)}) {
     std::printf("wrong cu_seqlens\n");
     wrong_bounds({140, 1, 4, Mode::standard, true, false, false, DType::f32, chunked_from, {70, 70, 0}}, {9, -5, 1000, 70});
     wrong_bounds({140, 1, 4, Mode::standard, true, false, false, DType::f32, chunked_from, {70, 70, 0}}, {140, 0, 139, 7});

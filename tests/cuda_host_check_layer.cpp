@@ -65,6 +65,34 @@ struct OfRows {
   DType base, weight;
 };
 
+// The reads' gradients are the products of W with g, whatever g is: that is seen by the tests of every backend.
+void adjoint(const OfRows& of, Correction c) {
+  const DType type = c.double_precision ? DType::f64 : DType::f32;
+  const int64_t rows = of.B * of.T, groups = 2;
+  const bool turned = of.normed || of.rotary;
+  const Array d_out(of.base, rows * of.D, -1, 1);
+  Array g(type, turned ? d_out.count : 0), d_base(of.base, turned ? d_out.count : 0), d_reads(type, rows * c.K);
+  Array d_norm(type, of.normed ? groups * of.D : 0);
+  CorrectionGradients out{};
+  out.d_out = d_out.operand(of.T * of.D, of.D, 0, 1), out.groups = groups;
+  c.out = turned ? g.operand(of.T * of.D, of.D, 0, 1) : Operand{};
+  if (turned) out.base = d_base.operand(0, 0, 0, 1);
+  out.reads = d_reads.operand(0, 0, 0, 1);
+  if (of.normed) out.norm_weight = d_norm.operand(0, 0, 0, 1);
+  cuda::correct_adjoint(c, out, nullptr);
+  Numbers exact(d_reads.count);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t k = 0; k < c.K; ++k)
+      for (int64_t d = 0; d < of.D; ++d) {
+        double w = 0;
+        with_dtype(c.weight.dtype, [&](auto tag) {
+          w = number<double>(static_cast<const decltype(tag)*>(c.weight.data)[d * c.K + k]);
+        });
+        exact[row * c.K + k] += w * (turned ? g : d_out).at(row * of.D + d);
+      }
+  compare("gradient of the reads", d_reads, exact);
+}
+
 void correction(const OfRows& of) {
   std::printf("correction: B=%d T=%d D=%d H=%d R=%d head_dim=%d\n", int(of.B), int(of.T), int(of.D), int(of.H),
               int(of.R), int(of.head_dim));
@@ -108,6 +136,7 @@ void correction(const OfRows& of) {
     for (int64_t d = 0; d < of.D; ++d) exact[row * of.D + d] = y[d] + (of.head_dim ? 0 : base.at(row * of.D + d));
   }
   compare("corrected", out, exact);
+  if (!of.in_place) adjoint(of, c);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import (
     LlamaConfig,
@@ -67,3 +68,12 @@ def tokens(batch: int, length: int) -> torch.Tensor:
 @torch.no_grad()
 def logits(model, ids, **more):
     return model(input_ids=ids, **more).logits
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small lose more to threads than they gain. Tests that import it have it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

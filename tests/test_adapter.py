@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,3 +235,20 @@ def test_a_failed_writing_leaves_the_old_file(tmp_path, monkeypatch):
         save_memory({0: torch.zeros(1)}, path)
     assert torch.equal(load_memory(path)[0], torch.ones(1))
     assert [p.name for p in tmp_path.iterdir()] == ["memory"]
+
+
+def test_a_failed_writing_leaves_the_old_configuration(tmp_path, monkeypatch):
+    DeltaMemConfig(rank=4).save(tmp_path)
+
+    def half(path, text, encoding):
+        path.write_bytes(text.encode()[:20])
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="the disk is full"):
+            DeltaMemConfig().save(tmp_path)
+        with pytest.raises(OSError, match="the disk is full"):
+            save_adapter(remembering(), tmp_path)
+    assert DeltaMemConfig.load(tmp_path).rank == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["delta_mem_config.json"]

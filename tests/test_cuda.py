@@ -24,7 +24,7 @@ PLAYED = SimpleNamespace(backend="cuda", device="cpu", slow=True)
 CHUNK = 64
 
 
-@pytest.fixture(params=[0, CHUNK + 1], ids=["plain", "in chunks"])
+@pytest.fixture(params=[False, True], ids=["plain", "in chunks"])
 def form(request):
     with cuda_host.installed(request.param):
         yield request.param
@@ -48,14 +48,14 @@ def test_ranks_over_chunks(form, R):
 def test_gates_in_chunks(mode, decay, beta_per_head, decay_per_head):
     problem = make(B=1, T=CHUNK + 6, R=4, mode=mode, decay=decay, beta_per_head=beta_per_head,
                    decay_per_head=decay_per_head, mask=True)  # fmt: skip
-    with cuda_host.installed(CHUNK + 1):
+    with cuda_host.installed(chunked=True):
         check(problem, PLAYED)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_packed_sequences_in_chunks(mode):
     """Those of more than a chunk beside those of less: each is run as it would be alone."""
-    with cuda_host.installed(CHUNK + 1):
+    with cuda_host.installed(chunked=True):
         check(make(lengths=(0, 130, 3, 0, 64, 65, 1, 0), H=1, R=4, mode=mode, mask=True), PLAYED)
 
 
@@ -65,7 +65,7 @@ def test_operands_of_one_dtype_and_mixed_in_chunks(dtype):
     problem = make(B=1, T=CHUNK + 3, H=1, dtype=dtype)
     mixed = problem.to()
     mixed.operands["v"] = mixed.operands["v"].float()
-    with cuda_host.installed(CHUNK + 1):
+    with cuda_host.installed(chunked=True):
         same, other = problem.forward("cuda"), mixed.forward("cuda")
     assert torch.equal(same["reads"], other["reads"])
     assert torch.equal(same["final_state"], other["final_state"])
@@ -75,7 +75,7 @@ def test_operands_of_one_dtype_and_mixed_in_chunks(dtype):
 def test_frozen_operands_in_chunks(wanted):
     problem = make(B=1, T=CHUNK + 2, H=1, R=4, decay=True, decay_per_head=True)
     weights = cotangents_for(problem)
-    with cuda_host.installed(CHUNK + 1):
+    with cuda_host.installed(chunked=True):
         ours = problem.forward_backward("cuda", weights, wanted)
     assert_close(ours, oracle(problem, weights, wanted), FLOAT32_TOLERANCE)
 
@@ -125,18 +125,18 @@ def test_long_memory_at_rank_16(form):
     check(remembering(make(B=1, T=2 * CHUNK + 3, H=1, R=16, mode="lambda_outside", decay=True)), PLAYED)
 
 
-@pytest.mark.parametrize(("T", "same_as"), [(511, 10**6), (512, CHUNK + 1)])
-def test_long_sequences_run_in_chunks(T, same_as):
+@pytest.mark.parametrize(("T", "chunked"), [(511, False), (512, True)])
+def test_long_sequences_run_in_chunks(T, chunked):
     """The usual choice, seen by its bits; in a float64 oracle's eyes the forms are equals."""
     problem = remembering(make(B=1, T=T, H=1, R=4))
     reads = {}
-    for chunked_from in (0, 10**6, CHUNK + 1):
-        with cuda_host.installed(chunked_from):
-            reads[chunked_from] = problem.forward("cuda")["reads"]
-    assert torch.equal(reads[0], reads[same_as])
-    assert not torch.equal(reads[10**6], reads[CHUNK + 1])
+    for form in (None, False, True):
+        with cuda_host.installed(form):
+            reads[form] = problem.forward("cuda")["reads"]
+    assert torch.equal(reads[None], reads[chunked])
+    assert not torch.equal(reads[False], reads[True])
     assert_close(
-        {"reads": reads[0]}, {"reads": problem.to(torch.float64).forward("reference")["reads"]}, FLOAT32_TOLERANCE
+        {"reads": reads[None]}, {"reads": problem.to(torch.float64).forward("reference")["reads"]}, FLOAT32_TOLERANCE
     )
 
 
@@ -156,6 +156,13 @@ def test_slots_outside_of_the_pool_are_pads():
     assert torch.equal(pool[[0, 2]], before[[0, 2]])
     assert not torch.equal(pool[1], before[1])
     assert torch.count_nonzero(others) == 0
+
+
+def test_more_blocks_than_a_gpu_takes():
+    """An error in words, before anything runs; nothing is truncated."""
+    row = torch.zeros(1, 1).expand(2**34, 1)
+    with pytest.raises(ValueError, match="needs 4294967296 blocks for one launch"):
+        cuda_host.library().correct(row, row, torch.zeros(1, 1), None, None, None, None, 1.0, 0.0, 0, row)
 
 
 # Sanitizers, on a program of its own
@@ -273,7 +280,7 @@ def compiled(tmp_path_factory) -> list[tuple[str, int, bool, int, int, int]]:
         said = "\n".join(pool.map(compile_one, tasks))
     rows = []
     for name, arch, _, stores, loads, registers in RESOURCES.findall(said):
-        kernel = re.search(r"(forward|backward|step|maps|fold|project|correct)_kernel", name).group(1)
+        kernel = re.search(r"(forward|backward|step|maps|fold|project|correct|adjoint)_kernel", name).group(1)
         number, rank = re.search(r"_kernelI([fd]?)(?:Li(\d+))?E", name).groups()
         rows.append((kernel, int(rank or 0), number != "d", int(arch), int(stores) + int(loads), int(registers)))
     return rows
@@ -284,7 +291,7 @@ def test_no_spills(compiled, arch):
     """At the ranks that the architecture of δ-mem uses, nothing that belongs into a register is anywhere else."""
     usual = [row for row in compiled if row[1] in (0, 4, 8, 16) and row[2] and row[3] == int(arch)]
     by_rank = ("forward", "backward", "step", "maps", "maps", "fold", "fold")
-    assert sorted(row[0] for row in usual) == sorted((*(3 * by_rank), "project", "correct"))
+    assert sorted(row[0] for row in usual) == sorted((*(3 * by_rank), "project", "correct", "adjoint"))
     for row in usual:
         print(row)
     assert not [row for row in usual if row[4] > 0]
@@ -293,6 +300,6 @@ def test_no_spills(compiled, arch):
 def test_every_kernel_is_compiled(compiled):
     scans = {(kernel, rank, True) for kernel in ("forward", "backward", "step") for rank in (4, 8, 16, 32, 64, 128)}
     scans |= {(kernel, rank, False) for kernel in ("forward", "backward", "step") for rank in (32, 128)}
-    layer = {(kernel, 0, single) for kernel in ("project", "correct") for single in (True, False)}
+    layer = {(kernel, 0, single) for kernel in ("project", "correct", "adjoint") for single in (True, False)}
     for arch in build.CUDA_ARCHS:
         assert scans | layer <= {row[:3] for row in compiled if row[3] == int(arch)}

@@ -216,9 +216,11 @@ def test_triton_then_cuda_then_reference(on_a_gpu):
     assert on_a_gpu.calls == ["triton"] * 3 + ["cuda"] * 3
     on_a_gpu.reasons["cuda"] = "nor this"
     package._chosen.clear()
-    messages(lambda: None)
-    with pytest.warns(UserWarning, match="backend 'triton'"):
-        assert choose("", GPU) is reference
+    assert messages(lambda: choose("", GPU)) == [
+        "deltamem_kernels: backend 'triton' cannot run on cuda:0: there is none; "
+        "backend 'cuda' cannot run on cuda:0: nor this"
+    ]
+    assert choose("", GPU) is reference
 
 
 def test_the_environment_asks_for_cuda(on_a_gpu):
@@ -272,7 +274,8 @@ def test_where_cuda_cannot_take_over_the_reference_does(on_a_gpu):
     state, x = torch.zeros(1, 1, 2, 2), torch.rand(1, 1, 2)
     operands = (state, x, x, x, x, None, None, None, None, torch.empty_like(x), "standard", -1, True)
     said = messages(lambda: module.delta_step(*operands))
-    assert said == ["deltamem_kernels: backend 'triton' failed on cuda:0, 'reference' takes over: RuntimeError: no"]
+    failed = "deltamem_kernels: backend 'triton' failed on cuda:0, 'reference' takes over: RuntimeError: no"
+    assert said == [f"{failed}; backend 'cuda' cannot run on cuda:0: no nvcc"]
     assert torch.count_nonzero(state) > 0
 
 
@@ -284,10 +287,10 @@ def test_triton_asked_for_by_name_fails_as_it_fails(on_a_gpu):
             choose(name, GPU).delta_step()
 
 
-def test_a_full_memory_is_no_reason_to_change(on_a_gpu):
-    full = torch.OutOfMemoryError("full")
-    on_a_gpu.modules["triton"].delta_step = Module("triton", on_a_gpu.calls, full).delta_step
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyboardInterrupt()], ids=["memory", "user"])
+def test_what_is_no_reason_to_change(on_a_gpu, error):
+    on_a_gpu.modules["triton"].delta_step = Module("triton", on_a_gpu.calls, error).delta_step
+    with pytest.raises(type(error)):
         choose("", GPU).delta_step()
     assert choose("", GPU).delta_update_forward() == "triton"
 

@@ -7,7 +7,7 @@ import torch
 
 from deltamem_kernels import __main__ as command
 from deltamem_kernels import __version__
-from deltamem_kernels.backends import NAMES, extension
+from deltamem_kernels.backends import NAMES, BackendStatus, extension
 
 
 def test_reports_versions_and_every_backend(capsys: pytest.CaptureFixture) -> None:
@@ -21,10 +21,15 @@ def test_reports_versions_and_every_backend(capsys: pytest.CaptureFixture) -> No
     assert "WRONG" not in printed
 
 
-@pytest.mark.parametrize("result", range(3), ids=["reads", "final_state", "checkpoints"])
-def test_a_wrong_result_is_found(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, result: int) -> None:
-    """One number in a thousandth part too large; a wrong checkpoint shows in the gradients alone."""
-    forward = extension.delta_update_forward
+@pytest.mark.parametrize(
+    ("operation", "result"),
+    [*(("delta_update_forward", i) for i in range(3)), ("memory_decode", 1), ("segment_mean_forward", 0)],
+)
+def test_a_wrong_result_is_found(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, operation: str, result: int
+) -> None:
+    """One number in a thousandth part too large; wrong checkpoints, the third result, show in the gradients alone."""
+    forward = getattr(extension, operation)
 
     def wrong(*operands):
         out = forward(*operands)
@@ -32,7 +37,8 @@ def test_a_wrong_result_is_found(capsys: pytest.CaptureFixture, monkeypatch: pyt
             out[result].view(-1)[3] += 0.01
         return out
 
-    monkeypatch.setattr(extension, "delta_update_forward", wrong)
+    monkeypatch.setattr(extension, operation, wrong)
+    monkeypatch.setattr(command, "backends", lambda: {"cpu": BackendStatus(True, "")})  # the others take their time
     assert command.main() == 1
     assert "WRONG" in capsys.readouterr().out
 
@@ -42,5 +48,6 @@ def test_a_backend_that_raises_is_reported(capsys: pytest.CaptureFixture, monkey
         raise RuntimeError("the compiler gave up")
 
     monkeypatch.setattr(extension, "delta_update_forward", broken)
+    monkeypatch.setattr(command, "backends", lambda: {"cpu": BackendStatus(True, "")})
     assert command.main() == 1
     assert "the compiler gave up" in capsys.readouterr().out

@@ -141,6 +141,23 @@ def test_decode_of_a_row_does_not_depend_on_the_others(implementation):
             assert error(among_others, by_itself.double()) <= FLOAT32_TOLERANCE
 
 
+@pytest.mark.parametrize("form", ["none", "norm", "heads"])
+def test_decode_of_what_a_layer_has(implementation, form):
+    """`[N, 1, D]` and what goes with it: the same bits."""
+    call = {"x": torch.randn(N, D), **parameters(2, 4, True)} | ({} if form == "none" else correction(2, 4, form))
+    call = to(call | {"heads": 2}, implementation.device)
+    wide = {n: x.unsqueeze(1) if n in ("x", "base", "cos", "sin") else x for n, x in call.items()}
+    pools = [torch.ones(N, 2, 4, 4, device=implementation.device) for _ in range(2)]
+    rows = memory_decode(pools[0], **call, backend=implementation.backend)
+    ours = memory_decode(pools[1], **wide, backend=implementation.backend)
+    assert ours.reads.shape == (N, 1, 2, 4)
+    assert torch.equal(ours.reads.squeeze(1), rows.reads)
+    assert torch.equal(*pools)
+    if form != "none":
+        assert ours.corrected.shape == (N, 1, 4 * HEAD)
+        assert torch.equal(ours.corrected.squeeze(1), rows.corrected)
+
+
 def test_decode_of_nothing(implementation):
     call = {"x": torch.randn(0, D), **parameters(1, 8, False), **correction(1, 8, "plain", 0)}
     pool = torch.randn(3, 1, 8, 8, device=implementation.device)
@@ -225,7 +242,7 @@ def test_launches_of_decoding(launches):
     assert launches == ["memory_decode_kernel", "correct_kernel", "correct_kernel"]
 
 
-@pytest.mark.parametrize(("T", "count"), [(1, 2), (64, 2), (65, 4)])
+@pytest.mark.parametrize(("T", "count"), [(1, 2), (64, 2), (65, 3)])
 def test_launches_of_prefill(launches, T, count):
     call = to({"x": torch.randn(1, T, 8), **parameters(1, 4, False, width=8)}, DEVICE)
     memory_prefill(**call, backend="triton")
@@ -288,7 +305,9 @@ def meta(*shape: int) -> Tensor:
         ({"base": [1.0]}, TypeError, ["base must be a tensor", "list"]),
         ({"base": torch.zeros(4, 4 * HEAD)}, ValueError, ["base must be [N, Dq] with x's N=5", "[4, 24]"]),
         ({"base": meta(N, 4 * HEAD)}, ValueError, ["base must be on x's device", "meta"]),
+        ({"base": torch.zeros(N, 1, 4 * HEAD)}, ValueError, ["base must be [N, Dq] with x's N=5", "[5, 1, 24]"]),
         ({"base": None}, ValueError, ["delta_weight must be None without a base"]),
+        (dict.fromkeys(correction(1, 8, "heads")) | {"scale": 2.0}, ValueError, ["scale must be 1 without a base"]),
         ({"delta_weight": None}, TypeError, ["delta_weight must be a tensor", "None"]),
         ({"delta_weight": torch.zeros(4 * HEAD, 7)}, ValueError, ["delta_weight must be [Dq, H·R]", "[24, 7]"]),
         ({"scale": "big"}, TypeError, ["scale must be a number", "big"]),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import ARCHITECTURES, CLOSE, MEMORIES, VOCABULARY, backbone, logits, remembering, tokens
+from models import ARCHITECTURES, CLOSE, MEMORIES, VOCABULARY, backbone, logits, one_thread, remembering, tokens
 from problems import error
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     DynamicCache,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
-    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -31,14 +31,7 @@ from deltamem_kernels.integrations.transformers import (
 from deltamem_kernels.integrations.transformers.masks import token_mask
 from deltamem_kernels.nn import DeltaMemConfig
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small lose more to threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -157,256 +150,6 @@ def test_the_mask_of_tokens():
         token_mask(torch.zeros(1, 1, 4, 4).long(), 1, 4, 0)
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_generate(kind, cache):
-    """With a cache, a padded batch too, as without any."""
-    model, new = remembering(kind), 9
-    rows = [tokens(1, n) for n in (4, 7)]
-    ids, mask = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
-    for b, row in enumerate(rows):
-        ids[b, 7 - row.shape[1] :], mask[b, 7 - row.shape[1] :] = row[0], 1
-    batch = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, cache_implementation=cache)
-    for b, row in enumerate(rows):
-        for _ in range(new):
-            row = torch.cat([row, logits(model, row, use_cache=False)[:, -1:].argmax(-1)], 1)
-        assert torch.equal(batch[b, 7:], row[0, -new:])
-
-
-def test_sliding_windows():
-    for fields in ({"sliding_window": 4}, {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2}):
-        model, ids = remembering("mistral", backbone_fields=fields), tokens(2, 14)
-        whole = logits(model, ids, use_cache=False)
-        static = StaticCache(config=model.config, max_cache_len=20)
-        for cache, cuts in ((DynamicCache(config=model.config), [6, 3, *[1] * 5]), (static, [6, *[1] * 8])):
-            parts = [logits(model, part, past_key_values=cache) for part in ids.split(cuts, dim=1)]
-            assert error(torch.cat(parts, 1), whole) <= CLOSE
-
-
-def test_beams_take_their_states_along():
-    """Beam search over the cache gives what it gives where each step starts from the beginning."""
-    model, ids = remembering(), tokens(2, 5)
-    options = {"max_new_tokens": 8, "num_beams": 4, "do_sample": False, "num_return_sequences": 4}
-    options |= {"return_dict_in_generate": True, "output_scores": True}
-    cached = model.generate(ids, **options)
-    plain = model.generate(ids, **options, use_cache=False)
-    assert (cached.beam_indices[:, :8].diff(dim=1) != 0).any()  # beams did change places
-    assert torch.equal(cached.sequences, plain.sequences)
-    assert error(cached.sequences_scores, plain.sequences_scores) <= CLOSE
-
-
-def test_selecting_repeating_and_resetting():
-    model, ids = remembering(), tokens(3, 6)
-    whole = logits(model, ids, use_cache=False)
-    cache = DynamicCache(config=model.config)
-    logits(model, ids[:, :4], past_key_values=cache)
-    cache.batch_select_indices(torch.tensor([2, 0]))
-    cache.batch_repeat_interleave(2)
-    rest = logits(model, ids[[2, 2, 0, 0], 4:], past_key_values=copy.deepcopy(cache))
-    assert error(rest, whole[[2, 2, 0, 0], 4:]) <= CLOSE
-    assert [state.shape for state in get_memory(cache).values()] == [(4, 1, 8, 8)] * 2  # the copy has gone on alone
-    cache = StaticCache(config=model.config, max_cache_len=8)
-    for _ in range(2):
-        assert error(logits(model, ids, past_key_values=cache), whole) <= CLOSE
-        assert len(get_memory(cache)) == 2
-        cache.reset()
-        assert get_memory(cache) == {}
-
-
-@pytest.mark.parametrize("fields", MEMORIES, ids=str)
-def test_crop_leaves_no_trace(fields):
-    model, ids, drafts = remembering(**fields), tokens(2, 9), tokens(2, 30)
-    for cuts in ([9], [4, 1, 4], [1] * 9):
-        cache, straight = DynamicCache(config=model.config), DynamicCache(config=model.config)
-        logits(model, ids[:, :4], past_key_values=straight)
-        for part in ids.split(cuts, dim=1):
-            logits(model, part, past_key_values=cache)
-        logits(model, drafts, past_key_values=cache)
-        cache.crop(-32)  # the drafts, and two tokens before
-        cache.crop(-3)  # and three
-        for index, state in get_memory(cache).items():
-            assert error(state, get_memory(straight)[index]) <= 1e-6
-        ours, theirs = (logits(model, ids[:, 4:], past_key_values=c) for c in (cache, straight))
-        assert error(ours, theirs) <= CLOSE
-
-
-def test_crop_of_more_than_is_kept():
-    model, ids = remembering(), tokens(1, 4)
-    cache = DynamicCache(config=model.config)
-    for _ in range(3):
-        logits(model, ids, past_key_values=cache)
-    cache.batch_select_indices(torch.tensor([0]))
-    logits(model, ids, past_key_values=cache)
-    before = {index: state.clone() for index, state in get_memory(cache).items()}
-    with pytest.raises(ValueError, match="the memory can take back 4 tokens here, not 5"):
-        cache.crop(-5)
-    assert cache.get_seq_length() == 16
-    assert all(torch.equal(state, before[index]) for index, state in get_memory(cache).items())
-    cache.crop(-4)
-    assert cache.get_seq_length() == 12
-    for _ in range(200):
-        logits(model, ids[:, :1], past_key_values=cache)
-    assert len(cache.memory[0].steps) == 128
-    cache.crop(-128)
-    with pytest.raises(ValueError, match="the memory can take back 0 tokens here, not 1"):
-        cache.crop(-1)
-
-
-@pytest.mark.parametrize("draft", ["lookup", "same", "other"])
-def test_assisted_decoding(draft):
-    model, ids = remembering(), tokens(1, 12).repeat(1, 2)
-    assistant = {"lookup": None, "same": copy.deepcopy(model), "other": remembering()}[draft]
-    options = {"prompt_lookup_num_tokens": 4} if draft == "lookup" else {"assistant_model": assistant}
-    usual = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": VOCABULARY}  # which no model says
-    assert torch.equal(model.generate(ids, **usual, **options), model.generate(ids, **usual))
-
-
-def test_two_conversations_on_one_model():
-    """Bit for bit what each is alone."""
-    model, ids = remembering(), [tokens(1, 15), tokens(2, 15)]
-    parts = [x.split([4, 1, 1, 5, 1, 3], dim=1) for x in ids]
-
-    def alone(parts):
-        cache = DynamicCache(config=model.config)
-        return [logits(model, part, past_key_values=cache) for part in parts]
-
-    exact = [alone(p) for p in parts]
-    caches = [DynamicCache(config=model.config) for _ in ids]
-    for turn in range(6):
-        for conversation in (0, 1):
-            ours = logits(model, parts[conversation][turn], past_key_values=caches[conversation])
-            assert torch.equal(ours, exact[conversation][turn])
-
-
-def test_two_threads_on_one_model():
-    model, ids = remembering(), [tokens(1, 40) for _ in range(4)]
-    exact = [logits(model, x) for x in ids]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
-            for ours, alone in zip(pool.map(lambda x: logits(model, x), ids), exact, strict=True):
-                assert torch.equal(ours, alone)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_checkpointed_gradients(kind, reentrant):
-    """The same as plain ones, also where the call starts from a state and does not write, or writes messages."""
-    for fields, options in (
-        ({}, {}),
-        ({}, {"write": False}),
-        ({"memory_write_granularity": "message_mean"}, {"message_ids": torch.randint(-1, 3, (2, 10))}),
-    ):
-        model, ids = remembering(kind, **fields), tokens(2, 10)
-        model.train()
-        states = {index: torch.randn(2, 1, 8, 8) for index in (0, 1)}
-        found = []
-        for checkpointed in (False, True):
-            if checkpointed:
-                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-                model.enable_input_require_grads()
-            model.zero_grad()
-            with MemoryCall(model, states, **options) as call:
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            behind = dict(call.states)
-            loss.backward()
-            assert all(call.states[index] is behind[index] for index in (0, 1))  # not those of the second time
-            found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-        assert any(grad is not None and grad.any() for grad in found[0].values())
-        for name, grad in found[0].items():
-            assert (grad is None) == (found[1][name] is None), name
-            assert grad is None or error(found[1][name], grad) <= 1e-6, name
-
-
-def test_states_carry_gradients_from_call_to_call():
-    model, ids = remembering(), tokens(2, 12)
-    model.train()
-    start = {index: torch.randn(2, 1, 8, 8, requires_grad=True) for index in (0, 1)}
-    with MemoryCall(model, start) as call:
-        model(input_ids=ids[:, :7], use_cache=False)
-    with MemoryCall(model, call.states):
-        model(input_ids=ids[:, 7:], use_cache=False).logits.square().sum().backward()
-    for state in start.values():
-        assert state.grad.any()
-    assert model.model.layers[0].self_attn.delta_memory.memory_v_proj.grad.any()
-
-
-def test_memory_without_context():
-    """A state is taken out, kept on disk, and given to a new conversation, which alone has its keys and values."""
-    model, ids = remembering(), tokens(1, 20)
-    cache = DynamicCache(config=model.config)
-    logits(model, ids, past_key_values=cache)
-    states = get_memory(cache)
-    fresh = DynamicCache(config=model.config)
-    set_memory(model, fresh, states)
-    with MemoryCall(model, states) as call:
-        without_cache = logits(model, ids[:, :5], use_cache=False)
-    assert error(logits(model, ids[:, :5], past_key_values=fresh), without_cache) <= CLOSE
-    assert error(without_cache, logits(model, ids[:, :5])) > 1e-3  # it does remember
-    for index, state in get_memory(fresh).items():
-        assert error(state, call.states[index]) <= 1e-6
-    with MemoryCall(model, states):
-        ours = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False)
-    again = DynamicCache(config=model.config)
-    set_memory(model, again, states)
-    assert torch.equal(ours, model.generate(ids[:, :5], max_new_tokens=6, do_sample=False, past_key_values=again))
-
-
-def test_writing_switched_off():
-    model, ids = remembering(), tokens(2, 8)
-    cache = DynamicCache(config=model.config)
-    logits(model, ids, past_key_values=cache)
-    before = {index: state.clone() for index, state in get_memory(cache).items()}
-    with MemoryCall(model, write=False) as call:
-        logits(model, ids, past_key_values=cache)
-    for index, state in get_memory(cache).items():
-        assert torch.equal(state, before[index])
-        assert torch.equal(call.states[index], before[index])
-    logits(model, ids, past_key_values=cache)
-    assert not torch.equal(get_memory(cache)[0], before[0])
-    cache.crop(-16)
-    assert all(error(state, before[index]) <= 1e-6 for index, state in get_memory(cache).items())
-
-
-@pytest.mark.parametrize("kind", ["message_mean", "sentence_mean"])
-def test_messages_write_their_means(kind):
-    model, ids = remembering(memory_write_granularity=kind, num_state_heads=2), tokens(2, 9)
-    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, -1], [-1, 0, 0, 0, 0, 1, 1, 1, 1]])
-    given = {"message_ids": segments}
-    if kind == "sentence_mean":
-        given = {"message_ids": segments.clamp(max=0), "sentence_ids": segments.clamp_min(0)}
-    x = []
-    attention = model.model.layers[0].self_attn
-    attention.register_forward_pre_hook(lambda m, a, k: x.append(k["hidden_states"]), with_kwargs=True)
-    cache = DynamicCache(config=model.config)
-    with MemoryCall(model, **given):
-        logits(model, ids, past_key_values=cache)
-    exact = attention.delta_memory.read(x[0], segment_ids=segments, num_segments=3).state
-    assert error(get_memory(cache)[0], exact) <= 1e-6
-    with pytest.raises(ValueError, match="taken back only whole, 9 tokens"):
-        cache.crop(-1)
-    cache.crop(-9)
-    assert get_memory(cache) == {}
-    with MemoryCall(model, **given):  # the prompt's ids; what is generated writes token by token
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
-    with (
-        MemoryCall(model, **given),
-        pytest.raises(ValueError, match=r"must be \[2, 8\] as the tokens are, got \[2, 9\]"),
-    ):
-        logits(model, ids[:, :8])
-
-
-def test_tokens_without_messages_warn_once():
-    attach._warn_of_tokens.cache_clear()
-    model, ids = remembering(memory_write_granularity="message_mean"), tokens(1, 5)
-    with pytest.warns(UserWarning, match="no ids were given") as caught:
-        ours = logits(model, ids)  # two layers
-    assert len(caught) == 1
-    by_token = copy.deepcopy(model)
-    for _, layer in memory_layers(by_token):
-        layer.delta_memory.config = DeltaMemConfig()
-    assert torch.equal(ours, logits(by_token, ids))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_backbone_of_16_bits(dtype):
     model, ids = backbone("qwen3").to(dtype), tokens(2, 9)
@@ -419,6 +162,57 @@ def test_a_backbone_of_16_bits(dtype):
     assert after.dtype == dtype
     assert not torch.equal(after, before)
     assert {state.dtype for state in get_memory(cache).values()} == {torch.float32}
+
+
+class Quantised(torch.nn.Module):
+    """A linear layer whose weight is kept in bytes, as quantised backbones have them."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.abs().max() / 127
+        weight = (linear.weight / self.scale).round() + 128
+        self.weight = torch.nn.Parameter(weight.to(torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ ((self.weight.to(x.dtype) - 128) * self.scale).T
+
+
+def in_bytes(model):
+    for layer in model.model.layers:
+        for head in ("q", "k", "v", "o"):
+            name = f"{head}_proj"
+            setattr(layer.self_attn, name, Quantised(getattr(layer.self_attn, name)))
+    return model
+
+
+def in_int8(model):
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+
+
+@pytest.mark.parametrize("quantised", [in_bytes, in_int8])
+def test_a_quantised_backbone(quantised):
+    """The memory's dtype is its own, and its corrections are those of the unquantised model."""
+    model, ids = quantised(backbone()), tokens(2, 9)
+    before = logits(model, ids)
+    attach_memory(model, DeltaMemConfig(output_init="random"))
+    for _, layer in memory_layers(model):
+        assert {p.dtype for p in layer.delta_memory.parameters()} == {torch.float32}
+    cache = DynamicCache(config=model.config)
+    steps = [logits(model, part, past_key_values=cache) for part in ids.split([4, *[1] * 5], dim=1)]
+    assert error(torch.cat(steps, 1), before) > 1e-3
+    assert {state.dtype for state in get_memory(cache).values()} == {torch.float32}
+    attention = model.model.layers[0].self_attn
+    x, outputs = torch.randn(1, 3, 64), []
+    attention.k_proj.register_forward_hook(lambda m, a, output: outputs.append(output.clone()))
+    with torch.no_grad():
+        attention(x, (torch.ones(1, 3, 16), torch.zeros(1, 3, 16)), None)
+        reads = attention.delta_memory.read(x).reads
+        assert error(outputs[0], attention.delta_memory.correct(attention.k_proj(x), reads, "k")) <= 1e-5
+    detach_memory(model)
+    with pytest.raises(ValueError, match="must be the floating weight"):
+        attach_memory(model, DeltaMemConfig(output_init="base_slice"))
+    assert torch.equal(logits(model, ids), before)
 
 
 def test_the_text_of_a_vision_language_model():
@@ -446,6 +240,33 @@ def test_the_text_of_a_vision_language_model():
     parts = [logits(model, ids[:, :9], pixel_values=pixels, past_key_values=cache)]
     parts += [logits(model, part, past_key_values=cache) for part in ids[:, 9:].split(1, dim=1)]
     assert error(torch.cat(parts, 1), whole) <= CLOSE
+
+
+def test_the_text_of_qwen2_vl():
+    """Whose positions have three dimensions."""
+    text = {
+        **backbone("qwen2").config.to_diff_dict(),
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "patch_size": 4, "temporal_patch_size": 1}
+    ends = {"image_token_id": 96, "vision_start_token_id": 97, "vision_end_token_id": 98}
+    config = Qwen2VLConfig(text_config={**text, "model_type": "qwen2_vl_text"}, vision_config=vision, **ends)
+    model = Qwen2VLForConditionalGeneration(config).eval().requires_grad_(False)
+    ids = tokens(1, 14).clamp(max=95)
+    ids[0, 2:8] = torch.tensor([97, 96, 96, 96, 96, 98])  # 16 patches, of which four make a token
+    image = {"pixel_values": torch.randn(16, 3 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    image["mm_token_type_ids"] = (ids == 96).int()
+    before = logits(model, ids, **image)
+    assert attach_memory(model, DeltaMemConfig()) == [f"model.language_model.layers.{i}.self_attn" for i in (0, 1)]
+    assert torch.equal(logits(model, ids, **image), before)
+    for _, layer in memory_layers(model):
+        torch.nn.init.normal_(layer.delta_memory.delta_q_proj)
+    whole = logits(model, ids, **image, use_cache=False)
+    assert error(whole, before) > 1e-2
+    usual = {"do_sample": False, "eos_token_id": VOCABULARY, **image}
+    new = model.generate(ids, max_new_tokens=4, **usual)
+    plain = model.generate(ids, max_new_tokens=4, **usual, use_cache=False)
+    assert torch.equal(new, plain)
 
 
 def test_compiled():

@@ -44,9 +44,12 @@ LAYER_KERNELS = [
     "projection adjoint",
     "projection to x",
     "decode",
+    "prefill",
     "segments",
     "segments backward",
 ]
+APART = {"layer: float64", "layer: four heads of 8", "layer: four heads of 16", "layer: rank 128, float32"}
+"""Where a tile of the projection is no chunk, or has no room for its map."""
 FOLDS = [f"{x}{of}" for of in ("", " adjoint") for x in ("maps", "fold maps", "fold groups", "fold")]
 SCANS = ["forward", "backward", *FOLDS, "forward of chunks", "backward of chunks"]
 CORRECTIONS: dict[str, dict] = {  # H·R of 8 on each arch, else on one
@@ -116,7 +119,8 @@ def test_variants_compile_without_spills(compiled, variant):
 def test_the_layers_kernels_compile_without_spills(compiled, variant):
     rows = compiled[variant]
     archs = ARCHS if variant == "layer" else (90,)
-    assert [(row.arch, row.kernel) for row, _ in rows] == [(arch, name) for arch in archs for name in LAYER_KERNELS]
+    kernels = [name for name in LAYER_KERNELS if name != "prefill" or variant not in APART]
+    assert [(row.arch, row.kernel) for row, _ in rows] == [(arch, name) for arch in archs for name in kernels]
     for row, spills in rows:
         print(row)
         # Of rank 128 a decoded state is more than its program's registers hold.

@@ -25,10 +25,11 @@ Tensor workspace(const Tensor& like, int64_t bytes) { return at::empty({bytes}, 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
                                            const MaybeTensor& decay, const MaybeTensor& write,
                                            const MaybeTensor& initial_state, const MaybeTensor& mask,
-                                           MaybeTensor cu_seqlens, const std::string& mode, bool save) {
+                                           MaybeTensor cu_seqlens, const std::string& mode, bool save,
+                                           int64_t chunked_from) {
   const Guard guard(q.device());
   const Problem p = packed_problem(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode);
-  const cuda::Needs needs = cuda::forward_needs(p);
+  const cuda::Needs needs = cuda::forward_needs(p, chunked_from);
   const auto type = q.options().dtype(p.double_precision ? at::kDouble : at::kFloat);
   // Zeros where cu_seqlens might leave tokens to no sequence, and where slots lie between packed sequences.
   const auto output = [&](at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                           save || needs.checkpoints ? checkpoints.data_ptr() : nullptr};
   {
     py::gil_scoped_release release;
-    check_launch(cuda::forward(p, out, memory.data_ptr(), current_stream()));
+    check_launch(cuda::forward(p, chunked_from, out, memory.data_ptr(), current_stream()));
   }
   return {reads, final_state, save ? checkpoints : at::empty({0}, type)};
 }
@@ -53,16 +54,16 @@ std::vector<MaybeTensor> backward(const MaybeTensor& d_reads, const MaybeTensor&
                                   const Tensor& k, const Tensor& v, const Tensor& beta, const MaybeTensor& decay,
                                   const MaybeTensor& write, const MaybeTensor& initial_state, const MaybeTensor& mask,
                                   MaybeTensor cu_seqlens, const Tensor& checkpoints, const std::string& mode,
-                                  const std::vector<bool>& needs) {
+                                  const std::vector<bool>& needs, int64_t chunked_from) {
   const Guard guard(q.device());
   const Problem p = packed_problem(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode);
   const std::vector<MaybeTensor> grads = gradients({q, k, v, beta, decay, write, initial_state}, needs);
   for (size_t i = 0; cu_seqlens && i < 6; ++i)
     if (grads[i]) grads[i]->zero_();
-  const Tensor memory = workspace(q, cuda::backward_needs(p).workspace);
+  const Tensor memory = workspace(q, cuda::backward_needs(p, chunked_from).workspace);
   {
     py::gil_scoped_release release;
-    check_launch(cuda::backward(p, operand(d_reads), operand(d_final_state), checkpoints.data_ptr(),
+    check_launch(cuda::backward(p, chunked_from, operand(d_reads), operand(d_final_state), checkpoints.data_ptr(),
                                 backward_output(grads), memory.data_ptr(), current_stream()));
   }
   return grads;
@@ -98,6 +99,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("backward", &deltamem::backward);
   m.def("step", &deltamem::step);
   deltamem::bind_layer(m);
-  m.def("set_chunked_from", &deltamem::cuda::set_chunked_from,
-        "Sequences of so many tokens run in chunks from now on; 0 for the choice by rank.");
 }

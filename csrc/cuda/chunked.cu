@@ -1,4 +1,4 @@
-// The time-parallel form, and the choice of it. What a chunk does to a state row is an affine map, s -> s M + b; so
+// The time-parallel form. What a chunk does to a state row is an affine map, s -> s M + b; so
 // 1. the maps of all chunks at once: the scan run on virtual rows, the unit vectors without writes, and zero with writes;
 // 2. a fold of the maps into the state before each chunk;
 // 3. the scan of all chunks at once.
@@ -98,8 +98,7 @@ __global__ void fold_kernel(const __grid_constant__ Problem p, const __grid_cons
 namespace cuda {
 namespace {
 
-constexpr int kLargestRank = 16;  // beyond it the maps are more work than they save
-int64_t chosen_by_hand = 0;
+constexpr int kLargestRank = 16;  // there are no kernels of the maps beyond it, nor in double precision
 
 template <class F>
 int with_map_rank(const Problem& p, F&& f) {
@@ -108,22 +107,26 @@ int with_map_rank(const Problem& p, F&& f) {
   return f(Known<kLargestRank>{});
 }
 
-bool in_chunks(const Problem& p) { return p.T > kChunk && p.T >= chunked_from(p); }
+// From how many tokens on there are chunks: kNever where no sequence of the call can have that many.
+int64_t limit(const Problem& p, int64_t chunked_from) {
+  const bool can = !p.double_precision && p.R <= kLargestRank;
+  return can && p.T > kChunk && p.T >= chunked_from ? chunked_from : kNever;
+}
 
 int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-int64_t maps_bytes(const Problem& p) {
+int64_t maps_bytes(const Problem& p, int64_t limit) {
   const int64_t R = p.R <= 4 ? 4 : p.R <= 8 ? 8 : kLargestRank;
-  return rounded(plan_for(p, 1, chunked_from(p)).tasks * (R + 1) * R * R * int64_t(sizeof(float)));
+  return rounded(plan_for(p, 1, limit).tasks * (R + 1) * R * R * int64_t(sizeof(float)));
 }
 int64_t states_bytes(const Problem& p) {
   return rounded(p.B * (p.T / kChunk) * p.H * p.R * p.R * int64_t(sizeof(float)));
 }
 
 template <bool kBackward>
-int fold_chunks(const Problem& p, const Operand& d_reads, const Operand& start, float* maps, float* states,
-                Stream stream) {
-  const Plan plan = plan_for(p, 1, chunked_from(p));
+int fold_chunks(const Problem& p, int64_t limit, const Operand& d_reads, const Operand& start, float* maps,
+                float* states, Stream stream) {
+  const Plan plan = plan_for(p, 1, limit);
   return with_map_rank(p, [&](auto rank) {
     constexpr int R = rank();
     constexpr int pieces = kBackward ? int(kBackwardPieces) : int(kForwardPieces);
@@ -138,42 +141,38 @@ int fold_chunks(const Problem& p, const Operand& d_reads, const Operand& start, 
 
 }  // namespace
 
-int64_t chunked_from(const Problem& p) {
-  if (p.double_precision || p.R > kLargestRank) return kNever;
-  if (chosen_by_hand) return chosen_by_hand;
-  return p.R <= 8 ? 512 : 1024;  // guessed: three launches and R + 1 times the work, on as many blocks as chunks
+Needs forward_needs(const Problem& p, int64_t chunked_from) {
+  const int64_t from = limit(p, chunked_from);
+  if (from == kNever) return {0, false};
+  return {maps_bytes(p, from), true};
 }
 
-void set_chunked_from(int64_t tokens) { chosen_by_hand = tokens; }
-
-Needs forward_needs(const Problem& p) {
-  if (!in_chunks(p)) return {0, false};
-  return {maps_bytes(p), true};
+Needs backward_needs(const Problem& p, int64_t chunked_from) {
+  const int64_t from = limit(p, chunked_from);
+  if (from == kNever) return {history_bytes(p, kNever), true};
+  return {maps_bytes(p, from) + states_bytes(p) + history_bytes(p, from), true};
 }
 
-Needs backward_needs(const Problem& p) {
-  if (!in_chunks(p)) return {history_bytes(p, kNever), true};
-  return {maps_bytes(p) + states_bytes(p) + history_bytes(p, chunked_from(p)), true};
-}
-
-int forward(const Problem& p, const ForwardOutput& out, void* workspace, Stream stream) {
-  if (!in_chunks(p)) return forward_scan(p, out, kNever, stream);
-  const int error = fold_chunks<false>(p, {}, p.initial_state, static_cast<float*>(workspace),
+int forward(const Problem& p, int64_t chunked_from, const ForwardOutput& out, void* workspace, Stream stream) {
+  const int64_t from = limit(p, chunked_from);
+  if (from == kNever) return forward_scan(p, out, kNever, stream);
+  const int error = fold_chunks<false>(p, from, {}, p.initial_state, static_cast<float*>(workspace),
                                        static_cast<float*>(out.checkpoints), stream);
-  return error ? error : forward_scan(p, out, chunked_from(p), stream);
+  return error ? error : forward_scan(p, out, from, stream);
 }
 
-int backward(const Problem& p, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
-             const BackwardOutput& out, void* workspace, Stream stream) {
-  if (!in_chunks(p))
+int backward(const Problem& p, int64_t chunked_from, const Operand& d_reads, const Operand& d_final_state,
+             const void* checkpoints, const BackwardOutput& out, void* workspace, Stream stream) {
+  const int64_t from = limit(p, chunked_from);
+  if (from == kNever)
     return backward_scan(p, d_reads, d_final_state, checkpoints, nullptr, out, workspace, kNever, stream);
   char* const memory = static_cast<char*>(workspace);
-  float* const states = reinterpret_cast<float*>(memory + maps_bytes(p));
+  float* const states = reinterpret_cast<float*>(memory + maps_bytes(p, from));
   const int error =
-      fold_chunks<true>(p, d_reads, d_final_state, static_cast<float*>(workspace), states, stream);
+      fold_chunks<true>(p, from, d_reads, d_final_state, static_cast<float*>(workspace), states, stream);
   if (error) return error;
-  return backward_scan(p, d_reads, d_final_state, checkpoints, states, out, memory + maps_bytes(p) + states_bytes(p),
-                       chunked_from(p), stream);
+  return backward_scan(p, d_reads, d_final_state, checkpoints, states, out,
+                       memory + maps_bytes(p, from) + states_bytes(p), from, stream);
 }
 
 }  // namespace cuda

@@ -10,6 +10,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <stdexcept>
+#include <string>
+
 #ifdef __CUDACC__
 #define DELTAMEM_DEVICE __device__ __forceinline__
 #define DELTAMEM_PRAGMA(x) _Pragma(#x)
@@ -125,13 +128,21 @@ DELTAMEM_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(deltamem_shared);
 }
 
+template <class... P, class... A>
+int start(void (*kernel)(P...), unsigned blocks, int threads, size_t shared, void* stream, const A&... arguments) {
+  kernel<<<blocks, unsigned(threads), shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return int(cudaGetLastError());
+}
+#endif
+
 // The error of the launch, 0 where there is none.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void* stream, const A&... arguments) {
   if (blocks == 0) return 0;
-  kernel<<<unsigned(blocks), unsigned(threads), shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return int(cudaGetLastError());
+  if (blocks > INT32_MAX)
+    throw std::length_error("the cuda backend needs " + std::to_string(blocks) +
+                            " blocks for one launch, and a GPU takes 2147483647: cut the call into smaller ones");
+  return start(kernel, unsigned(blocks), threads, shared, stream, arguments...);
 }
-#endif
 
 }  // namespace deltamem

@@ -82,13 +82,13 @@ T* shared_memory() {
 
 // Shared memory holds NaN when a block begins.
 template <class... P, class... A>
-int launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void* /*stream*/, const A&... arguments) {
+int start(void (*kernel)(P...), unsigned blocks, int threads, size_t shared, void* /*stream*/, const A&... arguments) {
   host::Block block(threads, shared);
   std::vector<std::thread> running;
-  for (int i = 0; blocks && i < threads; ++i)
+  for (int i = 0; i < threads; ++i)
     running.emplace_back([&, i] {
       host::block = &block;
-      threadIdx.x = i, blockDim.x = threads, gridDim.x = unsigned(blocks);
+      threadIdx.x = i, blockDim.x = threads, gridDim.x = blocks;
       for (unsigned b = 0; b < blocks; ++b) {
         blockIdx.x = b;
         if (i == 0) std::memset(block.shared.get(), 0xff, shared);

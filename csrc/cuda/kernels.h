@@ -21,11 +21,8 @@ typedef void* Stream;  // cudaStream_t
 
 namespace cuda {
 
-// Sequences of at least so many tokens run in chunks, all at once; shorter ones token by token. It looks at the rank
-// alone: a sequence has the same bits in any batch.
-int64_t chunked_from(const Problem& p);
-// For tests and measurements: this many tokens from now on; 0 for what was chosen.
-void set_chunked_from(int64_t tokens);
+// Sequences of at least chunked_from tokens run in chunks, all at once; shorter ones token by token. Whoever calls
+// chooses it (backends/scan.py).
 
 // What a call needs besides its results: bytes of workspace, and for forward in chunks checkpoints also where nobody
 // keeps them.
@@ -33,16 +30,19 @@ struct Needs {
   int64_t workspace;
   bool checkpoints;
 };
-Needs forward_needs(const Problem& p);
-Needs backward_needs(const Problem& p);
+Needs forward_needs(const Problem& p, int64_t chunked_from);
+Needs backward_needs(const Problem& p, int64_t chunked_from);
 
 // Launches; the error, 0 where there is none.
-int forward(const Problem& p, const ForwardOutput& out, void* workspace, Stream stream);
-int backward(const Problem& p, const Operand& d_reads, const Operand& d_final_state, const void* checkpoints,
-             const BackwardOutput& out, void* workspace, Stream stream);
+int forward(const Problem& p, int64_t chunked_from, const ForwardOutput& out, void* workspace, Stream stream);
+int backward(const Problem& p, int64_t chunked_from, const Operand& d_reads, const Operand& d_final_state,
+             const void* checkpoints, const BackwardOutput& out, void* workspace, Stream stream);
 int step(const Problem& p, const PoolStep& s, Stream stream);
 int project(const Projection& p, Stream stream);
 int correct(const Correction& c, Stream stream);
+// Through rotary and norm: c.out gets the gradient of what the norm is over, or is absent where there is neither; out.base
+// the same in another dtype; out.reads [rows, K] and out.norm_weight [groups, D], zeros before, in the arithmetic's.
+int correct_adjoint(const Correction& c, const CorrectionGradients& out, Stream stream);
 
 }  // namespace cuda
 }  // namespace deltamem

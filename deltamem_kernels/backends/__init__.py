@@ -86,29 +86,35 @@ def _named(name: str, device: torch.device, origin: str) -> ModuleType:
 
 def _best(device: torch.device) -> ModuleType:
     order = _ORDER.get(device.type, ("reference",))
-    module = _first(order, device)
+    module, refusals = _first(order, device)
+    if refusals:  # said once: what runs is slower
+        warnings.warn(f"deltamem_kernels: {refusals}", stacklevel=2)
     if order[0] == "triton" and module is _MODULES["triton"]:
         return _UntilItFails(module, device, order[1:])  # type: ignore[return-value]
     return module
 
 
-def _first(order: tuple[str, ...], device: torch.device) -> ModuleType:
-    """A backend that could not be had is named once, in a warning: the next one is slower."""
+def _first(order: tuple[str, ...], device: torch.device) -> tuple[ModuleType, str]:
+    """The first that can be had, and why those before it cannot."""
+    refusals: list[str] = []
     for name in order:
         reason = unavailable_reason(name, device)
         if reason is None:
             try:
-                return _module(name)
+                return _module(name), "; ".join(refusals)
             except extension.BuildError as error:
                 reason = str(error)
-        if name == _ORDER[device.type][0]:
-            warnings.warn(f"deltamem_kernels: backend {name!r} cannot run on {device}: {reason}", stacklevel=2)
-    return reference
+        refusals.append(f"backend {name!r} cannot run on {device}: {reason}")
+    return reference, "; ".join(refusals)
 
 
 class _UntilItFails:
     """Triton where nobody asked for it by name. It compiles at a kernel's first launch: if a release of it, or the GPU,
-    cannot, the next backend takes over for good, with one warning that names the cause."""
+    cannot, the next backend takes over for good, with one warning that names the cause.
+
+    Any Exception of any call counts but a full memory, which is no fault of the backend: what Triton, its compiler and
+    the driver raise has no common type, and arguments were checked before. What is no Exception passes through, such as
+    KeyboardInterrupt, and so does whatever the next backend raises."""
 
     def __init__(self, module: ModuleType, device: torch.device, others: tuple[str, ...]) -> None:
         self._fragile = self._module = module
@@ -136,11 +142,11 @@ class _UntilItFails:
         with _lock:
             if self._module is not self._fragile:  # another thread was faster
                 return
-            self._module = _first(self._others, self._device)
+            self._module, refusals = _first(self._others, self._device)
         name = next(name for name, module in _MODULES.items() if module is self._module)
         warnings.warn(
             f"deltamem_kernels: backend 'triton' failed on {self._device}, {name!r} takes over: "
-            f"{type(error).__name__}: {error}",
+            f"{type(error).__name__}: {error}" + (refusals and f"; {refusals}"),
             stacklevel=4,
         )
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 SOURCES = (
-    *("bindings.cpp", "bindings_correction.cpp", "bindings_projection.cpp", "bindings_layer.cpp"),
+    *("bindings.cpp", "bindings_correction.cpp", "bindings_projection.cpp", "bindings_layer.cpp", "fingerprint.cpp"),
     *("cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp"),
 )
 CUDA_SOURCES = (
     *("cuda/bindings.cpp", "cuda/bindings_layer.cpp"),
     *("cuda/forward.cu", "cuda/backward.cu", "cuda/step.cu", "cuda/chunked.cu"),
-    *("cuda/projection.cu", "cuda/correction.cu"),
+    *("cuda/projection.cu", "cuda/correction.cu", "cuda/correction_adjoint.cu"),
 )
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 

@@ -1,4 +1,4 @@
-"""One decoding step of a layer as the three operations it is made of, for the backends that have no kernel for it."""
+"""Prefill and a decoding step of a layer as the operations they are made of, for backends without kernels of them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def memory_decode(
     norm_eps: float,
     head_dim: int,
 ) -> tuple[Tensor, Tensor]:
-    """reads `[N, H, R]` in the dtype of the projection, and the corrected base: empty where `out` gets it, or where
-    there is no delta_weight. A base of None is out, in place. The state is updated in place."""
+    """reads `[N, H, R]` (`[N, 1, H, R]` where x has that dimension) in the dtype of the projection, and the corrected
+    base: empty where `out` gets it, or where there is no delta_weight. A base of None is out, in place. The state is
+    updated in place."""
     q, k, v, beta, decay, _ = backend.memory_projection_forward(
         x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize
     )
@@ -47,3 +48,30 @@ def memory_decode(
         out if base is None else base, reads, delta_weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim, out
     )
     return reads, corrected if out is None else x.new_empty((0,))
+
+
+def memory_prefill_forward(
+    backend,
+    x: Tensor,
+    qkv_weight: Tensor,
+    beta_weight: Tensor,
+    beta_bias: Tensor | None,
+    decay_weight: Tensor | None,
+    decay_bias: Tensor | None,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    heads: int,
+    normalize: bool,
+    mode: str,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """What memory_projection_forward returns of x `[B, T, D]`, six tensors, then what delta_update_forward does of
+    these: reads, final_state and checkpoints."""
+    projected = backend.memory_projection_forward(
+        x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize
+    )
+    q, k, v, beta, decay, _ = projected
+    decay = None if decay_weight is None else decay
+    scanned = backend.delta_update_forward(q, k, v, beta, decay, None, initial_state, mask, cu_seqlens, mode, save)
+    return *projected, *scanned

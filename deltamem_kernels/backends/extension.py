@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch._appdirs import user_cache_dir  # torch.utils.cpp_extension, which knows it too, needs setuptools
 
-from . import build
+from . import build, composed
 from .reference_projection import memory_projection_backward as memory_projection_backward
 from .reference_projection import segment_mean_backward as segment_mean_backward
 from .scan import choose_scan
@@ -79,6 +79,11 @@ def memory_decode(*operands):
     return _library("cpu").memory_decode(*operands)
 
 
+def memory_prefill_forward(*operands):
+    """See `composed.memory_prefill_forward`."""
+    return composed.memory_prefill_forward(sys.modules[__name__], *operands)
+
+
 def segment_mean_forward(*operands):
     """See `reference.segment_mean_forward`."""
     return _library("cpu").segment_mean(*operands)
@@ -97,8 +102,21 @@ def _missing(kind: str) -> str | None:
     return lacking
 
 
+def fingerprint(operands: tuple) -> bytes | None:
+    """What a call looks like, see csrc/fingerprint.cpp, which takes this one's place once the library is in use."""
+    return None
+
+
 @functools.cache
 def _library(kind: str) -> ModuleType:
+    module = _found(kind)
+    if kind == "cpu":
+        global fingerprint
+        fingerprint = module.fingerprint
+    return module
+
+
+def _found(kind: str) -> ModuleType:
     for name, path in _places(kind):
         if path.exists():
             return _load(name, path)

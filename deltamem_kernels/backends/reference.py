@@ -32,6 +32,7 @@ __all__ = [
     "delta_update_backward",
     "delta_update_forward",
     "memory_decode",
+    "memory_prefill_forward",
     "memory_projection_backward",
     "memory_projection_forward",
     "segment_mean_backward",
@@ -273,3 +274,8 @@ def delta_step(
 def memory_decode(*operands) -> tuple[Tensor, Tensor]:
     """See `composed.memory_decode`."""
     return composed.memory_decode(sys.modules[__name__], *operands)
+
+
+def memory_prefill_forward(*operands) -> tuple[Tensor, ...]:
+    """See `composed.memory_prefill_forward`."""
+    return composed.memory_prefill_forward(sys.modules[__name__], *operands)

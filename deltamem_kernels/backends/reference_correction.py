@@ -75,20 +75,36 @@ def correct_backward(
         if norm is not None:
             g, d_norm = _norm_adjoint(g, (x + u).unflatten(-1, (-1, head_dim)), norm, norm_eps)
         g = g.flatten(-2)
-    factor = scale if gain is None else scale * gain.to(u.dtype)
-    w, r = weight.to(u.dtype), _flat(reads, base if base is not None else d_out).to(u.dtype)
-    d_r = torch.stack([(g * column).sum(-1) for column in w.unbind(1)], -1)
+    # One product after another, as above.
+    d_r = torch.stack([(g * column).sum(-1) for column in weight.to(u.dtype).unbind(1)], -1)
+    return gradients(g.to(d_out.dtype), g, d_r, d_norm, reads, weight, gain, norm_weight, scale, needs)
+
+
+def gradients(
+    d_base: Tensor,
+    g: Tensor,
+    d_r: Tensor | None,
+    d_norm: Tensor | None,
+    reads: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    norm_weight: Tensor | None,
+    scale: float,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """What correct_backward returns, from g, the gradient of what the norm is over, and d_r, that of the reads before
+    the scale, `[..., H·R]`; d_base is g in base's dtype. d_r may be None where neither reads nor gain need it."""
+    dtype = accumulation_dtype(g, reads, weight, gain, norm_weight)
+    factor = scale if gain is None else scale * gain.to(dtype)
+    r = _flat(reads, g).to(dtype)
     results = (
-        (g, d_out),  # base has its shape and dtype
-        (d_r * factor, reads),
-        (torch.einsum("...d,...k->dk", g, r) * factor, weight),
-        ((d_r * r).sum() * scale, gain),
-        (d_norm, norm_weight),
+        (d_base if needs[0] else None, d_base),
+        (d_r * factor if needs[1] and d_r is not None else None, reads),
+        (torch.einsum("...d,...k->dk", g.to(dtype), r) * factor if needs[2] else None, weight),
+        ((d_r * r).sum() * scale if needs[3] and d_r is not None else None, gain),
+        (d_norm if needs[4] else None, norm_weight),
     )
-    return [
-        d.reshape(x.shape).to(x.dtype) if need and d is not None and x is not None else None
-        for (d, x), need in zip(results, needs, strict=True)
-    ]
+    return [None if d is None or x is None else d.reshape(x.shape).to(x.dtype) for d, x in results]
 
 
 def _operands(base, reads, weight, gain, norm_weight, cos, sin, scale, head_dim, like=None):

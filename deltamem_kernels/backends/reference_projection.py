@@ -109,18 +109,23 @@ def weight_gradients(
     decay_bias: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor | None]:
-    """The gradients of the weights and biases, one matrix product each, from that of Wx + b. `needs` begins with x."""
+    """The gradients of the weights and biases, of which the former are one product over all tokens: one pass over x.
+    From that of Wx + b; `needs` begins with x."""
     d_projected = d_projected.flatten(0, -2)
-    x = None if x is None else x.flatten(0, -2).to(d_projected.dtype)
+    d_weights = None
+    if x is not None and any((needs[1], needs[2], needs[4])):
+        d_weights = d_projected.T.mm(x.flatten(0, -2).to(d_projected.dtype))
     grads: list[Tensor | None] = []
     start = 0
     pairs = ((qkv_weight, None), (beta_weight, beta_bias), (decay_weight, decay_bias))
     for (weight, bias), need in zip(pairs, (needs[1:2], needs[2:4], needs[4:6]), strict=True):
         stop = start if weight is None else start + weight.shape[0]
-        columns = d_projected[:, start:stop]
-        grads.append(columns.T.mm(x).to(weight.dtype) if need[0] and weight is not None and x is not None else None)
+        if need[0] and weight is not None and d_weights is not None:
+            grads.append(d_weights[start:stop].to(weight.dtype, copy=True))
+        else:
+            grads.append(None)
         if len(need) == 2:
-            grads.append(columns.sum(0).to(bias.dtype) if need[1] and bias is not None else None)
+            grads.append(d_projected[:, start:stop].sum(0).to(bias.dtype) if need[1] and bias is not None else None)
         start = stop
     return grads
 

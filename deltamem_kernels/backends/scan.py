@@ -1,6 +1,6 @@
-"""Whether a scan walks a sequence token after token, or all its chunks side by side: the choice for `cpu` and `triton`.
+"""Whether a scan walks a sequence token after token, or all its chunks side by side: the choice for every backend.
 
-`cuda` chooses on the GPU, by each sequence's own length: csrc/cuda/chunked.cu.
+`cpu` and `triton` ask for a call as a whole, `cuda` for a limit that it holds every sequence's own length to.
 """
 
 from __future__ import annotations
@@ -43,6 +43,19 @@ def choose_scan(backend: str, T: int, H: int, R: int) -> Scan:
     if T <= CHECKPOINT_INTERVAL:  # a chunked scan would give the same bits
         return _SHORT
     return Scan(True, f"T = {T} tokens are more than one chunk of {CHECKPOINT_INTERVAL}")
+
+
+NEVER = 2**63 - 1
+
+
+def chunked_from(R: int) -> int:
+    """For `cuda`: sequences of at least so many tokens run in chunks. It looks at the rank alone, and the kernels at
+    each sequence's length: a sequence has the same bits in any batch."""
+    if R > MAP_RANK:
+        return NEVER
+    if _forced:
+        return CHECKPOINT_INTERVAL + 1 if _forced[-1].chunked else NEVER
+    return 512 if R <= 8 else 1024  # guessed: three launches and R + 1 times the work, on as many blocks as chunks
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ops._checks import MAX_RANK, check_mode
+from .files import replace_file
 
 HEADS = ("q", "k", "v", "o")
 CONFIG_FILE = "delta_mem_config.json"
@@ -149,9 +150,10 @@ class DeltaMemConfig:
         return cls(**{name: x for name, x in data.items() if name in live})
 
     def save(self, folder: str | Path) -> None:
-        """Writes delta_mem_config.json into a folder, which is made where it is missing."""
+        """Writes delta_mem_config.json, as a whole or not at all, into a folder, which is made where it is missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        replace_file(Path(folder) / CONFIG_FILE, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: str | Path) -> DeltaMemConfig:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +13,12 @@ from torch.nn import functional as F
 from ..ops._checks import check_float, check_mask, check_shape, fail
 from ..ops.attention_correction import attention_correction
 from ..ops.delta_update import delta_update
-from ..ops.memory_projection import memory_projection
+from ..ops.memory_decode import memory_decode
+from ..ops.memory_projection import MemoryProjection, memory_projection
 from ..ops.segment_mean import segment_mean
 from .config import HEADS, DeltaMemConfig
-
-
-class Writes(NamedTuple):
-    """What the tokens of a call wrote, enough to write the first of them again."""
-
-    k: Tensor
-    v: Tensor
-    beta: Tensor
-    decay: Tensor | None
-    mask: Tensor | None
-    mode: str
-
-    def first(self, tokens: int) -> Writes:
-        """What the first tokens wrote."""
-        decay = None if self.decay is None else self.decay[:, :tokens]
-        mask = None if self.mask is None else self.mask[:, :tokens]
-        return Writes(self.k[:, :tokens], self.v[:, :tokens], self.beta[:, :tokens], decay, mask, self.mode)
-
-    def onto(self, state: Tensor | None) -> Tensor:
-        """The state that they leave; None stands for zeros."""
-        k, v, beta, decay, mask, mode = self
-        return delta_update(k, k, v, beta, decay, mode=mode, initial_state=state, mask=mask).final_state
+from .decoding import Decoding
+from .writes import Writes, beginnings
 
 
 class MemoryRead(NamedTuple):
@@ -75,13 +57,15 @@ class DeltaMemory(nn.Module):
     delta_o_rmsnorm_weight: nn.Parameter | None
     lambda_proj: nn.Parameter | None
     lambda_bias: nn.Parameter | None
+    _packed: Tensor
+    _known: Decoding | None
 
     def __init__(
         self,
         config: DeltaMemConfig,
         hidden_size: int,
         out_features: dict[str, int],
-        base_weights: dict[str, Tensor] | None = None,
+        base_weights: dict[str, Any] | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -114,9 +98,10 @@ class DeltaMemory(nn.Module):
         if config.delta_o_rmsnorm:
             self.delta_o_rmsnorm_weight = parameter(out_features["o"], trained="o" in config.delta_heads)
         self.reset_parameters(base_weights)
+        self._pack()
 
     @torch.no_grad()
-    def reset_parameters(self, base_weights: dict[str, Tensor] | None = None) -> None:
+    def reset_parameters(self, base_weights: dict[str, Any] | None = None) -> None:
         """The weights as they start: a memory that is read and written, and with output_init "zero" changes nothing."""
         config = self.config
         for name in ("q", "k", "v"):
@@ -130,7 +115,12 @@ class DeltaMemory(nn.Module):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5)).mul_(config.online_gain)
                 continue
             base = (base_weights or {}).get(head)
-            if base is None or not base.is_floating_point() or base.ndim != 2 or base.shape[0] != weight.shape[0]:
+            if (
+                not isinstance(base, Tensor)
+                or not base.is_floating_point()
+                or base.ndim != 2
+                or base.shape[0] != weight.shape[0]
+            ):
                 wanted = f"the floating weight [{weight.shape[0]}, in] of {head}_proj, for output_init"
                 fail(ValueError, f"base_weights[{head!r}]", f"{wanted} {config.output_init!r}", base)
             columns = min(config.rank, base.shape[1])
@@ -157,6 +147,7 @@ class DeltaMemory(nn.Module):
         write: bool = True,
         segment_ids: Tensor | None = None,
         num_segments: int | None = None,
+        starts: Tensor | None = None,
     ) -> MemoryRead:
         """Reads the memory for each token, and writes it.
 
@@ -169,6 +160,8 @@ class DeltaMemory(nn.Module):
                 in the order of the ids, a negative one nothing; and every token reads the state from before. Without
                 it each token writes, and reads what the tokens before it left.
             num_segments: more than the largest id; needed with segment_ids.
+            starts: `[B, T]` bool, for rows that hold several sequences: True where one begins, from zeros. A row's
+                first goes on from its state, and the new state is that behind its last.
 
         Returns:
             MemoryRead: reads, the new state, and what was written. Differentiable in x, state and the weights.
@@ -176,23 +169,29 @@ class DeltaMemory(nn.Module):
         Raises:
             TypeError, ValueError: an argument that does not fit, before anything runs.
         """
-        self._check(x, state, mask, segment_ids, num_segments)
+        self._check(x, state, mask, segment_ids, num_segments, starts)
         config = self.config
-        if state is None:
-            size = (x.shape[0], config.num_state_heads, config.rank, config.rank)
-            state = x.new_zeros(size, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        state = self.zeros(x) if state is None else state
         q, k, v, beta, decay = self._project(x)
         mode = config.state_update_mode
         if write and segment_ids is None:
-            reads, after = delta_update(q, k, v, beta, decay, mode=mode, initial_state=state, mask=mask)
-            return MemoryRead(reads, after, Writes(k, v, beta, decay, mask, mode))
+            writes = Writes(k, v, beta, decay, mask, mode, starts)
+            return MemoryRead(*writes.scan(q, state), writes)
         if mask is not None:
             q = q.masked_fill(~mask[:, :, None, None], 0)
+        if starts is not None:  # which nothing has been written for
+            q = q.masked_fill(beginnings(starts, mask).cumsum(1)[:, :, None, None] > 0, 0)
         reads = torch.einsum("bhij,bthj->bthi", state, q)
         if write and segment_ids is not None and num_segments is not None:
             means, written = segment_mean(x, segment_ids, num_segments, mask)
             state = delta_update(*self._project(means), mode=mode, initial_state=state, mask=written).final_state
         return MemoryRead(reads, state, None)
+
+    def zeros(self, x: Tensor) -> Tensor:
+        """The state that x begins with: `[B, H, R, R]`, float32, or float64 where x is."""
+        heads, rank = self.config.num_state_heads, self.config.rank
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x.new_zeros((x.shape[0], heads, rank, rank), dtype=dtype)
 
     def correct(self, base: Tensor, reads: Tensor, head: str, *, out: Tensor | None = None) -> Tensor:
         """The output of a projection, corrected by what was read; `base` itself where the head is not corrected.
@@ -211,34 +210,119 @@ class DeltaMemory(nn.Module):
         """
         if head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
-        config = self.config
-        if head not in config.delta_heads:
+        if head not in self.config.delta_heads:
             return base if out is None or out is base else out.copy_(base)
+        if out is base and (decoding := self.decoding()) and decoding.correct(base, reads, head):
+            return base
+        weight, scale, norm, eps = self._correction(head)
+        return attention_correction(base, reads, weight, scale, norm_weight=norm, norm_eps=eps, out=out)
+
+    def step(
+        self,
+        x: Tensor,
+        state: Tensor,
+        *,
+        slots: Tensor | None = None,
+        head: str | None = None,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """One token for each of many requests: `read` and a `correct` in one call, in place, without a gradient.
+
+        Args:
+            x: the layer's hidden states, `[N, hidden]`, any float dtype.
+            state: `[slots, H, R, R]`, any float dtype: the requests' states, updated in place.
+            slots: `[N]` int32 or int64, where each request's state is; at -1 it reads zeros and writes nothing. None
+                means slot n for row n.
+            head: which projection base is the output of, "q", "k", "v" or "o".
+            base: `[N, out]`, corrected in place where that head is; None corrects nothing.
+
+        Returns:
+            What was read, `[N, H, R]`, float32, or float64 where x or a weight is.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit, before anything runs.
+        """
+        if (head is None) != (base is None) or not (head is None or head in HEADS):
+            raise ValueError(f"head must be one of {', '.join(HEADS)} and given with base, got {head!r}")
+        config = self.config
+        base = base if head in config.delta_heads else None
+        if slots is None and (decoding := self.decoding()):
+            reads = decoding.step(x, state, head, base)
+            if reads is not None:
+                return reads
+        correction: tuple[Any, ...] = (None, 1.0, None, 1e-6)
+        if head is not None and base is not None:
+            correction = self._correction(head)
+        weight, scale, norm, eps = correction
+        return memory_decode(
+            state, x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk,
+            mode=config.state_update_mode, state_indices=slots, base=base, delta_weight=weight, scale=scale,
+            norm_weight=norm, norm_eps=eps, out=base,
+        ).reads  # fmt: skip
+
+    def decoding(self) -> Decoding | None:
+        """`step` and `correct` for the calls of one token, with everything looked up; None where gradients are recorded
+        or weights do not lie as they are read. Good until a weight is replaced."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        known = self._known
+        if known is None or not known.holds(self):
+            known = self._known = Decoding(self) if self._lie_packed() else None
+        return known
+
+    def _correction(self, head: str) -> tuple[Tensor, float | Tensor, Tensor | None, float]:
+        """Weight and scale of a head's correction, and of its norm weight and epsilon."""
+        config = self.config
         scale: float | Tensor = config.alpha / config.rank
         if self.delta_scale_raw is not None:
             raw = self.delta_scale_raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
             scale = scale * (torch.sigmoid(raw) * config.delta_scale_max)
-        norm = self.delta_o_rmsnorm_weight if head == "o" else None
-        weight = getattr(self, f"delta_{head}_proj")
-        return attention_correction(
-            base, reads, weight, scale, norm_weight=norm, norm_eps=config.delta_o_rmsnorm_eps, out=out
-        )
+        norm = self.delta_o_rmsnorm_weight if config.delta_o_rmsnorm and head == "o" else None
+        return getattr(self, f"delta_{head}_proj"), scale, norm, config.delta_o_rmsnorm_eps
 
-    def _project(self, x: Tensor):
-        weight = torch.cat([self.memory_q_proj, self.memory_k_proj, self.memory_v_proj])
-        apart = self.config.state_update_mode != "no_lambda"  # which has λ = 1, whether there are weights or not
-        return memory_projection(
-            x,
-            weight,
-            self.beta_proj,
-            self.beta_bias,
-            self.lambda_proj if apart else None,
-            self.lambda_bias if apart else None,
-            heads=self.config.num_state_heads,
-            normalize=self.config.normalize_qk,
-        )
+    def _project(self, x: Tensor) -> MemoryProjection:
+        config = self.config
+        return memory_projection(x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk)
 
-    def _check(self, x, state, mask, segment_ids, num_segments) -> None:
+    def _weights(self) -> tuple[Any, ...]:
+        """What a projection takes, in its order."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._lie_packed():
+            qkv = torch.cat([self.memory_q_proj, self.memory_k_proj, self.memory_v_proj])
+        else:
+            qkv = self._packed
+        if self.config.couple_lambda or self.config.state_update_mode == "no_lambda":
+            return qkv, self.beta_proj, self.beta_bias, None, None  # λ = 1 in no_lambda, with weights or without
+        return qkv, self.beta_proj, self.beta_bias, self.lambda_proj, self.lambda_bias
+
+    @torch.no_grad()
+    def _pack(self) -> None:
+        """Lays the weights of q, k and v behind each other, which is how the kernels read them: as parts of one tensor
+        they are never older than it, whoever changes them. Where they are moved apart they are joined at each call."""
+        weights = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj]
+        self._packed = torch.cat([weight.detach() for weight in weights])
+        self._known = None
+        for weight, rows in zip(weights, self._packed.chunk(3), strict=True):
+            weight.data = rows
+
+    def _lie_packed(self) -> bool:
+        weights, start = self._parameters, self._packed.data_ptr()
+        q, k, v = weights.get("memory_q_proj"), weights.get("memory_k_proj"), weights.get("memory_v_proj")
+        if q is None or k is None or v is None:  # something shards or parametrises them
+            return False
+        size = k.data_ptr() - start
+        return q.data_ptr() == start and v.data_ptr() - start == 2 * size and size == q.nbytes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeltaMemory:
+        super()._apply(fn, recurse)
+        if not self._lie_packed():
+            self._pack()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
+
+    def _check(self, x, state, mask, segment_ids, num_segments, starts) -> None:
         check_float("x", x, f"[B, T, hidden={self.hidden_size}]")
         if x.ndim != 3 or x.shape[2] != self.hidden_size:
             fail(ValueError, "x", f"[B, T, hidden={self.hidden_size}]", x)
@@ -253,6 +337,12 @@ class DeltaMemory(nn.Module):
         if (segment_ids is None) != (num_segments is None):
             missing = "num_segments" if num_segments is None else "segment_ids"
             raise ValueError(f"segment_ids and num_segments go together, got no {missing}")
+        if starts is not None:
+            if not isinstance(starts, Tensor) or starts.dtype != torch.bool or starts.device != x.device:
+                fail(TypeError, "starts", f"a bool tensor [B, T] on x's device {x.device}", starts)
+            check_shape("starts", starts, ((x.shape[0], x.shape[1]),), "[B, T]")
+            if segment_ids is not None:
+                fail(ValueError, "starts", "None where messages or sentences write: they are a row's", starts)
 
     def extra_repr(self) -> str:
         config = self.config

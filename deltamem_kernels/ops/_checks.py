@@ -5,16 +5,33 @@ Each message names the argument, what came and what is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from ..backends import extension
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int32, torch.int64)
 MODES = ("standard", "lambda_outside", "no_lambda")
 MAX_RANK = 128
+
+
+_MOST_CALLS = 512
+
+
+def check_once(checked: set[bytes], check: Callable[..., None], *operands: object) -> None:
+    """check(*operands), unless a call that looks the same is among those checked, as a layer's do token after token.
+    To look takes 1 µs and little code: that of the checks would be cold in every layer of a decoding step."""
+    call = None if torch.compiler.is_compiling() else extension.fingerprint(operands)
+    if call not in checked:
+        check(*operands)
+        if call is not None:
+            if len(checked) >= _MOST_CALLS:
+                checked.clear()
+            checked.add(call)
 
 
 def describe(x: object) -> str:
@@ -26,6 +43,25 @@ def describe(x: object) -> str:
 
 def fail(error: type[Exception], name: str, wanted: str, got: object) -> NoReturn:
     raise error(f"{name} must be {wanted}, got {describe(got)}")
+
+
+def fits(x: object, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether x needs no second look, which makes the messages: a dense float tensor of this shape on this device."""
+    return (
+        isinstance(x, Tensor)
+        and x.dtype in FLOATS
+        and x.shape == shape
+        and x.device == device
+        and x.layout is torch.strided
+    )
+
+
+def check_fits(name: str, x, shapes: Sequence[tuple[int, ...]], wanted: str, device: torch.device, of: str) -> None:
+    """x is a dense tensor of a floating dtype, one of the shapes, on the device of `of`."""
+    if not fits(x, shapes[0], device):
+        check_float(name, x, wanted)
+        check_shape(name, x, shapes, wanted)
+        check_device(name, x, device, of)
 
 
 def check_float(name: str, x: object, wanted: str) -> None:

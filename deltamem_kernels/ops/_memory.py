@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ._checks import fail
 
+_same_storage = torch._C._is_alias_of  # type: ignore[attr-defined]
+
 
 def check_writable(name: str, out: Tensor, names: Sequence[str], operands: Sequence[object]) -> None:
-    """out can be written and recorded while the operands are read."""
+    """out can be written and recorded while the operands, some of them no tensors, are read."""
     strides = out.stride()
     if 0 in strides and any(stride == 0 and size > 1 for size, stride in zip(out.shape, strides, strict=True)):
         fail(ValueError, name, "a tensor with a place for each number, not an expanded one", out)
@@ -26,10 +28,9 @@ def check_apart(name: str, out: Tensor, names: Sequence[str], operands: Sequence
     """No operand lies under out."""
     if torch.compiler.is_compiling():
         return  # there is no memory to look at
-    same_storage = torch._C._is_alias_of  # type: ignore[attr-defined]
-    for other, x in zip(names, operands, strict=True):
-        if isinstance(x, Tensor) and same_storage(out, x) and _may_overlap(out, x):
-            raise ValueError(f"{name} must not share memory with {other}, which is read while {name} is written")
+    for i, x in enumerate(operands):
+        if isinstance(x, Tensor) and _same_storage(out, x) and _may_overlap(out, x):
+            raise ValueError(f"{name} must not share memory with {names[i]}, which is read while {name} is written")
 
 
 def _may_overlap(a: Tensor, b: Tensor) -> bool:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import choose
-from ._checks import check_backend, check_device, check_float, check_shape, fail
-from ._library import define, library
+from ._checks import check_backend, check_device, check_fits, check_float, check_once, check_shape, fail
+from ._library import define, library, nobody_listens
 from ._memory import check_writable
 
 
@@ -50,38 +50,43 @@ def attention_correction(
         RuntimeError: out is a leaf that requires grad, or a view of one, and gradients are recorded.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
-    check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, None)
+    check_once(_checked, check, base, reads, weight, scale, norm_weight, norm_eps, out, backend)
     return run(base, reads, weight, scale, norm_weight, None, None, norm_eps, 0, out, backend)
 
 
-def check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim: int | None) -> None:
+_checked: set[bytes] = set()
+
+
+def check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim: int | None = None) -> None:
     """The arguments that both forms of the correction have; the norm is over head_dim, or over D where it is None."""
     check_float("base", base, "[B, T, D] or [N, D]")
-    shape, device = base.shape, base.device
-    if len(shape) not in (2, 3):
+    *leading, width = shape = base.shape
+    device = base.device
+    if len(leading) not in (1, 2):
         fail(ValueError, "base", "[B, T, D] or [N, D]", base)
     check_float("weight", weight, "[D, H·R]")
-    if weight.ndim != 2 or weight.shape[0] != shape[-1] or weight.shape[1] < 1:
-        fail(ValueError, "weight", f"[D, H·R] = [{shape[-1]}, H·R], H·R at least 1", weight)
+    if weight.ndim != 2 or weight.shape[0] != width or weight.shape[1] < 1:
+        fail(ValueError, "weight", f"[D, H·R] = [{width}, H·R], H·R at least 1", weight)
     check_float("reads", reads, "[B, T, H, R] or [B, T, R]")
-    given, width, leading = reads.shape, weight.shape[1], len(shape) - 1
-    last = given[-1] if len(given) == leading + 1 else given[-2] * given[-1] if len(given) == leading + 2 else -1
-    if last != width or given[0] != shape[0] or (leading == 2 and given[1] != shape[1]):
-        wanted = "[B, T, H, R] or [B, T, R]" if leading == 2 else "[N, H, R] or [N, R]"
-        fail(ValueError, "reads", f"{wanted}, {list(shape[:-1])} as base has and H·R = {width} as weight has", reads)
+    *rows, last = reads.shape
+    if len(rows) == len(leading) + 1:
+        last *= rows.pop()
+    if rows != leading or last != weight.shape[1]:
+        wanted = "[B, T, H, R] or [B, T, R]" if len(leading) == 2 else "[N, H, R] or [N, R]"
+        of_weight = f"H·R = {weight.shape[1]} as weight has"
+        fail(ValueError, "reads", f"{wanted}, {leading} as base has and {of_weight}", reads)
     if reads.device != device or weight.device != device:
         check_device("reads", reads, device, "base")
         check_device("weight", weight, device, "base")
-    check_options(base, reads, weight, scale, norm_weight, norm_eps, out, head_dim)
+    check_options(base, shape, device, reads, weight, scale, norm_weight, norm_eps, out, head_dim)
     if backend is not None:
         check_backend(backend)
 
 
 def check_options(
-    base, reads, weight, scale, norm_weight, norm_eps, out, head_dim: int | None, weight_name: str = "weight"
+    base, shape, device, reads, weight, scale, norm_weight, norm_eps, out, head_dim: int | None, weight_name="weight"
 ) -> None:
     """What follows the operands, which fit; reads that are still to be computed are None."""
-    shape, device = base.shape, base.device
     if type(scale) is not float:
         _check_scale(scale, device)
     if type(norm_eps) is not float and (isinstance(norm_eps, bool) or not isinstance(norm_eps, (int, float))):
@@ -89,10 +94,8 @@ def check_options(
     if not norm_eps >= 0:
         fail(ValueError, "norm_eps", "at least 0", norm_eps)
     if norm_weight is not None:
-        wanted = "[D]" if head_dim is None else "[head_dim]"
-        check_float("norm_weight", norm_weight, wanted)
-        check_shape("norm_weight", norm_weight, ((shape[-1] if head_dim is None else head_dim,),), wanted)
-        check_device("norm_weight", norm_weight, device, "base")
+        wanted, size = ("[D]", shape[-1]) if head_dim is None else ("[head_dim]", head_dim)
+        check_fits("norm_weight", norm_weight, ((size,),), wanted, device, "base")
     if out is not None:
         if out is not base:
             _check_out(out, base)
@@ -222,9 +225,11 @@ def run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, o
             result = _Correct.apply(base, None, *operands, False, *options)
             return result if out is None else out.copy_(result)
         return _Correct.apply(out, None if in_place else base, *operands, True, *options)
+    direct = nobody_listens(base)
     if out is None:
-        return torch.ops.deltamem_kernels.correct(base, *operands, *options)
-    torch.ops.deltamem_kernels.correct_into(out, None if in_place else base, *operands, *options)
+        return (_correct if direct else torch.ops.deltamem_kernels.correct)(base, *operands, *options)
+    into = _correct_into if direct else torch.ops.deltamem_kernels.correct_into
+    into(out, None if in_place else base, *operands, *options)
     return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import FLOATS, check_device, check_float, check_shape, fail
+from ._checks import check_fits, check_once, fail, fits
 from ._memory import check_apart
 from .attention_correction import check, run
 
@@ -54,10 +54,19 @@ def attention_correction_norm_rope(
         RuntimeError: out is a leaf that requires grad, or a view of one, and gradients are recorded.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
+    check_once(
+        _checked, _check, base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim, cos, sin
+    )  # fmt: skip
+    return run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, out, backend)
+
+
+_checked: set[bytes] = set()
+
+
+def _check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim, cos, sin) -> None:
     check_head_dim(head_dim)
     check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim)
-    check_heads(base, head_dim, cos, sin, out)
-    return run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, out, backend)
+    check_heads(base, base.shape, base.device, head_dim, cos, sin, out)
 
 
 def check_head_dim(head_dim) -> None:
@@ -65,31 +74,23 @@ def check_head_dim(head_dim) -> None:
         fail(TypeError, "head_dim", "an integer", head_dim)
 
 
-def check_heads(base: Tensor, head_dim: int, cos, sin, out) -> None:
-    """head_dim, an integer, and the tables."""
-    if head_dim < 1 or base.shape[-1] % head_dim:
-        raise ValueError(f"head_dim must divide base's last dimension {base.shape[-1]}, got {head_dim}")
-    _check_rotary(base, head_dim, cos, sin)
-    if out is not None and cos is not None:
-        check_apart("out", out, ("cos", "sin"), (cos, sin))
-
-
-def _check_rotary(base: Tensor, head_dim: int, cos, sin) -> None:
-    if (cos is None) != (sin is None):
-        raise ValueError(f"cos and sin must be given both or neither, got only {'sin' if cos is None else 'cos'}")
-    if cos is None:
+def check_heads(base: Tensor, shape, device, head_dim: int, cos, sin, out) -> None:
+    """head_dim, an integer, and the tables; shape and device are base's."""
+    if head_dim < 1 or shape[-1] % head_dim:
+        raise ValueError(f"head_dim must divide base's last dimension {shape[-1]}, got {head_dim}")
+    if cos is None and sin is None:
         return
+    if cos is None or sin is None:
+        raise ValueError(f"cos and sin must be given both or neither, got only {'sin' if cos is None else 'cos'}")
     if head_dim % 2:
         raise ValueError(f"head_dim must be even for a rotary embedding, got {head_dim}")
-    wanted = "[B, T, head_dim] or [1, T, head_dim]" if base.ndim == 3 else "[N, head_dim] or [1, head_dim]"
-    shapes = ((*base.shape[:-1], head_dim), (1, *base.shape[1:-1], head_dim))
-    for name, x in (("cos", cos), ("sin", sin)):
-        if not (isinstance(x, Tensor) and x.dtype in FLOATS and x.shape in shapes):
-            check_float(name, x, wanted)
-            check_shape(name, x, shapes, wanted)
-        if x.layout is not torch.strided:
-            check_float(name, x, wanted)
-        if x.device != base.device:
-            check_device(name, x, base.device, "base")
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"{name} must not require grad: there is no gradient for it")
+    row = (*shape[:-1], head_dim)
+    if not (fits(cos, row, device) and fits(sin, row, device)):
+        wanted = "[B, T, head_dim] or [1, T, head_dim]" if len(shape) == 3 else "[N, head_dim] or [1, head_dim]"
+        check_fits("cos", cos, (row, (1, *row[1:])), wanted, device, "base")
+        check_fits("sin", sin, (row, (1, *row[1:])), wanted, device, "base")
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        name = "cos" if cos.requires_grad else "sin"
+        raise ValueError(f"{name} must not require grad: there is no gradient for it")
+    if out is not None:
+        check_apart("out", out, ("cos", "sin"), (cos, sin))

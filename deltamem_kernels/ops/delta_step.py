@@ -14,6 +14,7 @@ from ._checks import (
     check_device,
     check_float,
     check_mode,
+    check_once,
     check_shape,
     describe,
     fail,
@@ -70,7 +71,21 @@ def delta_step(
             `reference` also a slot outside of the pool; the others do not look at that.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
-    _check(state, q, k, v, beta, decay, mode, state_indices, num_accepted_tokens, intermediate_states, out)
+    check_once(
+        _checked,
+        _check,
+        state,
+        q,
+        k,
+        v,
+        beta,
+        decay,
+        mode,
+        state_indices,
+        num_accepted_tokens,
+        intermediate_states,
+        out,
+    )
     if backend is not None:
         check_backend(backend)
     if out is None:
@@ -81,6 +96,9 @@ def delta_step(
         update_state, backend or "",
     )  # fmt: skip
     return out
+
+
+_checked: set[bytes] = set()
 
 
 def _check(state, q, k, v, beta, decay, mode, state_indices, num_accepted_tokens, intermediate_states, out) -> None:

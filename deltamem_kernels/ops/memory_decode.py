@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ..backends import choose
 from ..backends.arithmetic import accumulation_dtype
-from ._checks import FLOATS, INDICES, check_backend, check_float, check_mode, check_shape, describe, fail
+from ._checks import (
+    INDICES,
+    check_backend,
+    check_device,
+    check_fits,
+    check_float,
+    check_mode,
+    check_once,
+    check_shape,
+    describe,
+    fail,
+)
 from ._library import define, library, nobody_listens
 from .attention_correction import check_options
 from .attention_correction_norm_rope import check_head_dim, check_heads
@@ -20,9 +31,9 @@ class MemoryDecode(NamedTuple):
     """What `memory_decode` returns."""
 
     reads: Tensor
-    """`[N, H, R]`, float32, or float64 where an operand of the projection is."""
+    """`[N, H, R]`, or `[N, 1, H, R]`; float32, or float64 where an operand of the projection is."""
     corrected: Tensor | None
-    """`[N, Dq]`, the corrected base; `out` if it was given; None without a base."""
+    """The corrected base, in its shape; `out` if it was given; None without a base."""
 
 
 def memory_decode(
@@ -61,7 +72,8 @@ def memory_decode(
 
     Args:
         state: the pool, `[slots, H, R, R]`, updated in place; dtypes and strides as in `delta_step`.
-        x: hidden states, `[N, D]`.
+        x: hidden states, `[N, D]`, or `[N, 1, D]` as a layer has them: then base, cos, sin, out and the results have
+            that dimension too.
         qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize: as in `memory_projection`.
         mode: as in `delta_update`. There is no decay_weight in "no_lambda".
         state_indices: `[N]` int32 or int64, the slot of each row, no two the same; None means slot n for row n.
@@ -83,89 +95,92 @@ def memory_decode(
             the pool; on a GPU that is not looked at.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
-    check_projection(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize)
-    _check(state, x, qkv_weight, decay_weight, heads, mode, state_indices)
-    gain, factor, of_head = None, 1.0, 0
-    if base is None:
-        _check_no_base(delta_weight, norm_weight, head_dim, cos, sin, out)
-    else:
-        _check_base(x, heads, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, qkv_weight)
-        gain, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
-        of_head = head_dim or 0
-    if torch.is_grad_enabled():
-        _check_no_gradient(
-            state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, base, delta_weight, gain,
-            norm_weight, cos, sin, out,
-        )  # fmt: skip
-    if backend is not None:
-        check_backend(backend)
+    check_once(
+        _checked, _check, state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize,
+        mode, state_indices, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, backend,
+    )  # fmt: skip
+    gain, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     decode = _decode if nobody_listens(x) else torch.ops.deltamem_kernels.memory_decode
     reads, corrected = decode(
         state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, state_indices,
         None if out is base else base, delta_weight, gain, norm_weight, cos, sin, out, heads, normalize, mode,
-        pad_slot_id, factor, float(norm_eps), of_head, backend or "",
+        pad_slot_id, factor, float(norm_eps), head_dim or 0, backend or "",
     )  # fmt: skip
     return MemoryDecode(reads, None if base is None else corrected if out is None else out)
 
 
-def _check(state, x, qkv_weight, decay_weight, heads, mode, state_indices) -> None:
-    if x.ndim != 2:
-        fail(ValueError, "x", "[N, D]", x)
+_checked: set[bytes] = set()
+
+
+def _check(state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, mode,
+           state_indices, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out,
+           backend):  # fmt: skip
+    check_projection(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize)
+    _check_step(state, x, qkv_weight, decay_weight, heads, mode, state_indices)
+    if base is None:
+        _check_no_base(delta_weight, scale, norm_weight, head_dim, cos, sin, out)
+    else:
+        width = qkv_weight.shape[0] // 3
+        _check_base(x, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, width)
+    if torch.is_grad_enabled():
+        operands = (state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, base, delta_weight, scale)
+        for operand in (*operands, norm_weight, cos, sin, out):
+            if isinstance(operand, Tensor) and operand.requires_grad:
+                raise ValueError("memory_decode has no gradient: call it under torch.no_grad()")
+    if backend is not None:
+        check_backend(backend)
+
+
+def _check_step(state, x, qkv_weight, decay_weight, heads, mode, state_indices) -> None:
+    shape, device = x.shape, x.device
+    if len(shape) == 3 and shape[1] != 1:
+        fail(ValueError, "x", "[N, D] or [N, 1, D]", x)
     check_mode(mode)
     if mode == "no_lambda" and decay_weight is not None:
         fail(ValueError, "decay_weight", "None in mode 'no_lambda', which keeps everything (λ = 1)", decay_weight)
     rank = qkv_weight.shape[0] // (3 * heads)
     check_float("state", state, "[slots, H, R, R]")
-    if state.ndim != 4 or state.shape[1:] != (heads, rank, rank):
+    slots, *rest = state.shape or (0,)
+    if rest != [heads, rank, rank]:
         fail(ValueError, "state", f"[slots, H, R, R] = [slots, {heads}, {rank}, {rank}]", state)
-    if state.device != x.device:
-        fail(ValueError, "state", f"on x's device {x.device}", state)
-    rows = x.shape[0]
+    if state.device != device:
+        check_device("state", state, device, "x")
     if state_indices is None:
-        if state.shape[0] < rows:
-            raise ValueError(f"state must have a slot for each of the N={rows} rows, got {describe(state)}")
+        if slots < shape[0]:
+            raise ValueError(f"state must have a slot for each of the N={shape[0]} rows, got {describe(state)}")
         return
     if not isinstance(state_indices, Tensor) or state_indices.dtype not in INDICES:
         fail(TypeError, "state_indices", "an int32 or int64 tensor [N]", state_indices)
-    check_shape("state_indices", state_indices, ((rows,),), "[N]")
-    if state_indices.device != x.device:
-        fail(ValueError, "state_indices", f"on x's device {x.device}", state_indices)
+    check_shape("state_indices", state_indices, ((shape[0],),), "[N]")
+    if state_indices.device != device:
+        check_device("state_indices", state_indices, device, "x")
 
 
-def _check_no_base(delta_weight, norm_weight, head_dim, cos, sin, out) -> None:
+def _check_no_base(delta_weight, scale, norm_weight, head_dim, cos, sin, out) -> None:
     given = {"delta_weight": delta_weight, "norm_weight": norm_weight, "head_dim": head_dim, "cos": cos, "sin": sin}
     for name, value in (given | {"out": out}).items():
         if value is not None:
             fail(ValueError, name, "None without a base to correct", value)
+    if isinstance(scale, Tensor) or scale != 1:
+        fail(ValueError, "scale", "1 without a base to correct", scale)
 
 
-def _check_base(
-    x, heads, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, qkv_weight
-) -> None:
-    if not (isinstance(base, Tensor) and base.dtype in FLOATS and base.ndim == 2 and base.shape[0] == x.shape[0]):
-        check_float("base", base, "[N, Dq]")
-        fail(ValueError, "base", f"[N, Dq] with x's N={x.shape[0]}", base)
-    if base.device != x.device:
-        fail(ValueError, "base", f"on x's device {x.device}", base)
-    check_float("delta_weight", delta_weight, "[Dq, H·R]")
-    shape = (base.shape[1], qkv_weight.shape[0] // 3)
-    if delta_weight.shape != shape:
-        check_shape("delta_weight", delta_weight, (shape,), "[Dq, H·R]")
-    if delta_weight.device != x.device:
-        fail(ValueError, "delta_weight", f"on x's device {x.device}", delta_weight)
+def _check_base(x, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, width) -> None:
+    check_float("base", base, "[N, Dq]")
+    shape, device = base.shape, x.device
+    if shape[:-1] != x.shape[:-1] or not shape:
+        n = f"[N, Dq] with x's N={x.shape[0]}" if x.ndim == 2 else f"[N, 1, Dq], as x is, with N={x.shape[0]}"
+        fail(ValueError, "base", n, base)
+    if base.device != device:
+        check_device("base", base, device, "x")
+    check_fits("delta_weight", delta_weight, ((shape[-1], width),), "[Dq, H·R]", device, "x")
     if head_dim is not None:
         check_head_dim(head_dim)
     elif cos is not None or sin is not None:
         raise ValueError("head_dim must be given with cos and sin, got None")
-    check_options(base, None, delta_weight, scale, norm_weight, norm_eps, out, head_dim, "delta_weight")
+    check_options(base, shape, device, None, delta_weight, scale, norm_weight, norm_eps, out, head_dim, "delta_weight")
     if head_dim is not None:
-        check_heads(base, head_dim, cos, sin, out)
-
-
-def _check_no_gradient(*operands) -> None:
-    for operand in operands:
-        if operand is not None and operand.requires_grad:
-            raise ValueError("memory_decode has no gradient: call it under torch.no_grad()")
+        check_heads(base, shape, device, head_dim, cos, sin, out)
 
 
 # Of base and out the one that is None is the other: base of None is corrected in place. `corrected` is empty where out
@@ -193,7 +208,7 @@ def _decode_fake(state, x, qkv_weight, beta_weight, beta_bias, decay_weight, dec
     if x.device.type == "meta":  # no kernel will run, a backend that could not is refused all the same
         choose(options[-1], x.device)
     dtype = accumulation_dtype(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias)
-    reads = x.new_empty((x.shape[0], heads, qkv_weight.shape[0] // (3 * heads)), dtype=dtype)
+    reads = x.new_empty((*x.shape[:-1], heads, qkv_weight.shape[0] // (3 * heads)), dtype=dtype)
     return reads, x.new_empty((0,)) if base is None or out is not None else base.new_empty(base.shape)
 
 

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import choose
 from ..backends.arithmetic import accumulation_dtype
-from ._checks import FLOATS, MAX_RANK, check_backend, check_float, check_shape, fail
-from ._library import define, library
+from ._checks import MAX_RANK, check_backend, check_device, check_fits, check_float, check_once, fail, fits
+from ._library import define, library, nobody_listens
 
 
 class MemoryProjection(NamedTuple):
@@ -67,10 +67,11 @@ def memory_projection(
         TypeError, ValueError: an argument that does not fit, before anything runs.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
-    check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize)
+    operands = (x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias)
+    check_once(_checked, check, *operands, heads, normalize)
     if backend is not None:
         check_backend(backend)
-    return run(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, backend)
+    return run(*operands, heads, normalize, backend)
 
 
 def run(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, backend) -> MemoryProjection:
@@ -79,15 +80,18 @@ def run(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, 
     if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in operands):
         q, k, v, beta, decay = _MemoryProjection.apply(*operands, heads, normalize, backend or "")
     else:
-        q, k, v, beta, decay, _ = torch.ops.deltamem_kernels.memory_projection(
-            *operands, heads, normalize, backend or ""
-        )
+        project = _forward if nobody_listens(x) else torch.ops.deltamem_kernels.memory_projection
+        q, k, v, beta, decay, _ = project(*operands, heads, normalize, backend or "")
     return MemoryProjection(q, k, v, beta, None if decay_weight is None else decay)
+
+
+_checked: set[bytes] = set()
 
 
 def check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize) -> None:
     check_float("x", x, "[B, T, D] or [N, D]")
-    if x.ndim not in (2, 3):
+    shape, device = x.shape, x.device
+    if len(shape) not in (2, 3):
         fail(ValueError, "x", "[B, T, D] or [N, D]", x)
     if not isinstance(heads, int) or isinstance(heads, bool):
         fail(TypeError, "heads", "an int, the number of heads H", heads)
@@ -95,42 +99,28 @@ def check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads
         raise ValueError(f"heads must be at least 1, got {heads}")
     if not isinstance(normalize, bool):
         fail(TypeError, "normalize", "True or False", normalize)
-    width, device = x.shape[-1], x.device
     check_float("qkv_weight", qkv_weight, "[3·H·R, D]")
-    if qkv_weight.ndim != 2 or qkv_weight.shape[1] != width:
-        fail(ValueError, "qkv_weight", f"[3·H·R, D] with x's D={width}", qkv_weight)
-    rows = qkv_weight.shape[0]
+    if qkv_weight.ndim != 2 or qkv_weight.shape[1] != shape[-1]:
+        fail(ValueError, "qkv_weight", f"[3·H·R, D] with x's D={shape[-1]}", qkv_weight)
+    rows, width = qkv_weight.shape
     if rows % (3 * heads) or not 1 <= rows // (3 * heads) <= MAX_RANK:
         fail(ValueError, "qkv_weight", f"[3·H·R, D] with H={heads} and R from 1 to {MAX_RANK}", qkv_weight)
     if qkv_weight.device != device:
-        _off_device("qkv_weight", qkv_weight, device)
-    gates = (("beta", beta_weight, beta_bias), ("decay", decay_weight, decay_bias))
-    for name, weight, bias in gates:
-        if weight is None and name == "decay":
-            if bias is not None:
-                fail(ValueError, "decay_bias", "None without a decay_weight", bias)
-            continue
-        if not _fits(weight, (rows // 3, width)):
-            check_float(f"{name}_weight", weight, "[H·R, D] or [H, D]")
-            check_shape(f"{name}_weight", weight, [(rows // 3, width), (heads, width)], "[H·R, D] or [H, D]")
-        if weight.device != device:
-            _off_device(f"{name}_weight", weight, device)
-        if bias is None:
-            continue
-        if not _fits(bias, (weight.shape[0],)):
-            check_float(f"{name}_bias", bias, f"of as many numbers as {name}_weight has rows")
-            check_shape(f"{name}_bias", bias, [(weight.shape[0],)], f"of as many numbers as {name}_weight has rows")
-        if bias.device != device:
-            _off_device(f"{name}_bias", bias, device)
+        check_device("qkv_weight", qkv_weight, device, "x")
+    _check_gate("beta", beta_weight, beta_bias, rows // 3, width, heads, device)
+    if decay_weight is not None:
+        _check_gate("decay", decay_weight, decay_bias, rows // 3, width, heads, device)
+    elif decay_bias is not None:
+        fail(ValueError, "decay_bias", "None without a decay_weight", decay_bias)
 
 
-def _fits(x: object, shape: tuple[int, ...]) -> bool:
-    """Whether x needs no second look: messages are made only where something is wrong."""
-    return isinstance(x, Tensor) and x.dtype in FLOATS and x.layout is torch.strided and x.shape == shape
-
-
-def _off_device(name: str, x: Tensor, device: torch.device) -> None:
-    fail(ValueError, name, f"on x's device {device}", x)
+def _check_gate(name, weight, bias, rows, width, heads, device) -> None:
+    if not fits(weight, (rows, width), device):
+        shapes = ((rows, width), (heads, width))
+        check_fits(f"{name}_weight", weight, shapes, "[H·R, D] or [H, D]", device, "x")
+        rows = weight.shape[0]
+    if bias is not None and not fits(bias, (rows,), device):
+        check_fits(f"{name}_bias", bias, ((rows,),), f"of as many numbers as {name}_weight has rows", device, "x")
 
 
 # The operators. A decay that is not projected, and norms that are not taken, are empty tensors.

@@ -12,71 +12,25 @@ from torch import Tensor
 MINIMUM_CAPABILITY = (8, 0)
 
 
-def delta_update_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    write: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mode: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def delta_update_forward(*operands) -> tuple[Tensor, Tensor, Tensor]:
     """reads, final_state and checkpoints, as in backends/reference.py."""
     from . import delta_update
 
-    return delta_update.delta_update_forward(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode, save)
+    return delta_update.delta_update_forward(*operands)
 
 
-def delta_update_backward(
-    d_reads: Tensor | None,
-    d_final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    write: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    checkpoints: Tensor,
-    mode: str,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    """Gradients of q, k, v, beta, decay, write and initial_state, as in backends/reference.py."""
+def delta_update_backward(*operands) -> list[Tensor | None]:
+    """As in backends/reference.py."""
     from . import delta_update
 
-    return delta_update.delta_update_backward(
-        d_reads, d_final_state, q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, checkpoints, mode, needs
-    )
+    return delta_update.delta_update_backward(*operands)
 
 
-def delta_step(
-    state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    state_indices: Tensor | None,
-    num_accepted_tokens: Tensor | None,
-    intermediate_states: Tensor | None,
-    out: Tensor,
-    mode: str,
-    pad_slot_id: int,
-    update_state: bool,
-) -> None:
-    """Reads into out, states into the pool and into intermediate_states, as in backends/reference.py."""
+def delta_step(*operands) -> None:
+    """As in backends/reference.py."""
     from . import step
 
-    step.delta_step(
-        state, q, k, v, beta, decay, state_indices, num_accepted_tokens, intermediate_states, out, mode, pad_slot_id,
-        update_state,
-    )  # fmt: skip
+    step.delta_step(*operands)
 
 
 def correct(*operands) -> Tensor:
@@ -93,35 +47,42 @@ def correct_backward(*operands) -> list[Tensor | None]:
     return correction.correct_backward(*operands)
 
 
-def memory_projection_forward(*operands):
+def memory_projection_forward(*operands) -> tuple[Tensor, ...]:
     """As in backends/reference_projection.py."""
     from . import memory_projection
 
     return memory_projection.memory_projection_forward(*operands)
 
 
-def memory_projection_backward(*operands):
+def memory_projection_backward(*operands) -> list[Tensor | None]:
     """As in backends/reference_projection.py."""
     from . import memory_projection
 
     return memory_projection.memory_projection_backward(*operands)
 
 
-def memory_decode(*operands):
+def memory_prefill_forward(*operands) -> tuple[Tensor, ...]:
+    """As in backends/composed.py, in a launch less where the projection makes the chunks' maps."""
+    from . import prefill
+
+    return prefill.memory_prefill_forward(*operands)
+
+
+def memory_decode(*operands) -> tuple[Tensor, Tensor]:
     """As in backends/composed.py, in two launches, one where nothing is corrected."""
     from . import decode
 
     return decode.memory_decode(*operands)
 
 
-def segment_mean_forward(*operands):
+def segment_mean_forward(*operands) -> tuple[Tensor, Tensor]:
     """As in backends/reference_projection.py."""
     from . import segments
 
     return segments.segment_mean_forward(*operands)
 
 
-def segment_mean_backward(*operands):
+def segment_mean_backward(*operands) -> Tensor:
     """As in backends/reference_projection.py."""
     from . import segments
 

@@ -47,7 +47,8 @@ def _scans(operands: list, mode: str, chunked: bool = False) -> list[tuple]:
 
     needs = [x is not None for x in operands[:7]]
     with force_scan(chunked):
-        _, forward = delta_update.forward_arguments(*operands, mode, True)
+        launches, _ = delta_update.forward_launches(*operands, mode, True)
+        forward = launches[-1][2]
         _, backward = delta_update.backward_arguments(
             forward["p_reads"], forward["p_final"], *operands, forward["p_checkpoints"], mode, needs
         )
@@ -117,9 +118,9 @@ def layer_report(
     per_head: bool = False,
     mask: bool = True,
 ) -> list[Row]:
-    """The kernels of memory_projection (many tokens, few, and what backward launches), of memory_decode, and of
-    segment_mean."""
-    from . import decode, memory_projection, projection, segments
+    """The kernels of memory_projection (many tokens, few, and what backward launches), of memory_decode, of
+    memory_prefill and of segment_mean."""
+    from . import decode, memory_projection, prefill, projection, segments
 
     B, T, D, M = 1, 128, 256, 4
     rows = []
@@ -145,6 +146,10 @@ def layer_report(
                                           "standard", -1)  # fmt: skip
         kernels.append(("decode", decode.memory_decode_kernel, step))
         x, ids = torch.empty(B, T, D, dtype=dtype), torch.zeros(B, T, dtype=torch.int64)
+        *operands, of_heads, normalize = operands
+        launches, _ = prefill.prefill_launches(x, *operands, None, None, None, of_heads, normalize, "standard", False)
+        if launches[0][0] is prefill.memory_prefill_kernel:
+            kernels.append(("prefill", prefill.memory_prefill_kernel, launches[0][2]))
         tokens = torch.ones(B, T, dtype=torch.bool) if mask else None
         _, means = segments.forward_arguments(x, ids, M, tokens)
         kernels.append(("segments", segments.segment_mean_kernel, means))
@@ -153,7 +158,8 @@ def layer_report(
         rows += [
             row(name, rank, arch, kernel, arguments)
             for arch in archs
-            for name, kernel, arguments in (kernels if rank == ranks[0] else kernels[:5])  # the others know no rank
+            for name, kernel, arguments in kernels
+            if rank == ranks[0] or "segments" not in name  # these know no rank
         ]
     return rows
 

@@ -103,7 +103,8 @@ def decode_arguments(
     pad_slot_id: int,
 ) -> tuple[int, dict]:
     """Programs to launch, and the arguments of memory_decode_kernel with the reads allocated."""
-    N, D = x.shape
+    *lead, D = x.shape
+    N = x.shape[0]
     H, R = heads, qkv_weight.shape[0] // (3 * heads)
     weights = {"qkv": qkv_weight, "beta": beta_weight, "decay": decay_weight}
     biases = {"beta": beta_bias, "decay": decay_bias}
@@ -113,7 +114,7 @@ def decode_arguments(
         "p_state": state,
         "p_x": x,
         "p_indices": state_indices,
-        "p_reads": x.new_empty((N, H, R), dtype=dtype),
+        "p_reads": x.new_empty((*lead, H, R), dtype=dtype),
         "D": D,
         "H": H,
         "slots": state.shape[0],
@@ -129,7 +130,7 @@ def decode_arguments(
         "num_stages": 1,
         "enable_fp_fusion": True,
     }
-    arguments |= dict(zip(("x_sn", "x_sd"), x.stride(), strict=True))
+    arguments |= {"x_sn": x.stride(0), "x_sd": x.stride(-1)}
     arguments |= dict(zip(("state_sn", "state_sh", "state_sr", "state_sc"), state.stride(), strict=True))
     for name, weight in weights.items():
         s_r, s_d = (0, 0) if weight is None else weight.stride()

@@ -18,7 +18,7 @@ HISTORY_BYTES = 64 << 20
 turn where there are more chunks. It is scratch memory, best within the L2."""
 
 
-def forward_arguments(
+def forward_launches(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -30,8 +30,8 @@ def forward_arguments(
     cu_seqlens: Tensor | None,
     mode: str,
     save: bool,
-) -> tuple[int, dict]:
-    """Programs to launch, and the arguments of delta_update_forward_kernel with its outputs allocated."""
+) -> tuple[list[tuple], tuple[Tensor, Tensor, Tensor]]:
+    """Kernel, programs and arguments of each launch, the scan's last, and what they fill, see delta_update_forward."""
     B, T, H, R = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(q, k, v, beta, decay, write, initial_state)
@@ -39,41 +39,27 @@ def forward_arguments(
     scan = choose_scan("triton", T, H, R)
     slots = B * (T // CHECKPOINT_INTERVAL)
     whole = cu_seqlens is None and not (scan.chunked and mask is not None)
-    outputs = {
-        "p_reads": _output(q, whole),
-        "p_final": q.new_empty((N, H, R, R), dtype=dtype),
-        # Slots beyond the last chunk of a sequence are never read.
-        "p_checkpoints": q.new_empty((B, T // CHECKPOINT_INTERVAL, H, R, R), dtype=dtype)
-        if save or scan.chunked
-        else None,
-    }
-    operands = _operand_arguments(q, k, v, beta, decay, write, initial_state, mask)
-    operands |= _spans(scan.chunked, mask, cu_seqlens, N)
-    pieces = N + slots if scan.chunked else N
-    return pieces * triton.cdiv(H, tiles["HEADS"]), outputs | operands | constants(mode, R) | tiles
+    reads, final_state = _output(q, whole), q.new_empty((N, H, R, R), dtype=dtype)
+    # Slots beyond the last chunk of a sequence are never read.
+    states = (B, T // CHECKPOINT_INTERVAL, H, R, R) if save or scan.chunked else (0,)
+    checkpoints = q.new_empty(states, dtype=dtype)
+    arguments = {"p_reads": reads, "p_final": final_state}
+    arguments["p_checkpoints"] = checkpoints if save or scan.chunked else None
+    arguments |= _operand_arguments(q, k, v, beta, decay, write, initial_state, mask)
+    arguments |= _spans(scan.chunked, mask, cu_seqlens, N) | constants(mode, R) | tiles
+    programs = (N + slots if scan.chunked else N) * triton.cdiv(H, tiles["HEADS"])
+    launches = launches_before(arguments, cu_seqlens, None, initial_state, arguments["p_checkpoints"], mode)
+    launches.append((delta_update_forward_kernel, programs, arguments))
+    return launches, (reads, final_state, checkpoints if save else q.new_empty((0,), dtype=dtype))
 
 
-def delta_update_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    write: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mode: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def delta_update_forward(*operands) -> tuple[Tensor, Tensor, Tensor]:
     """reads `[B, T, H, R]` in q's dtype; in that of the arithmetic final_state `[N, H, R, R]` and, with `save`, the
     checkpoints `[B, T // 64, H, R, R]` (else an empty tensor). Operands and modes as in backends/reference.py."""
-    programs, arguments = forward_arguments(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode, save)
-    reads, final_state, checkpoints = (arguments[x] for x in ("p_reads", "p_final", "p_checkpoints"))
-    for before in launches_before(arguments, cu_seqlens, None, initial_state, checkpoints, mode):
-        launch(*before, q)
-    launch(delta_update_forward_kernel, programs, arguments, q)
-    return reads, final_state, checkpoints if save else q.new_empty((0,), dtype=final_state.dtype)
+    launches, outputs = forward_launches(*operands)
+    for each in launches:
+        launch(*each, operands[0])
+    return outputs
 
 
 def backward_arguments(

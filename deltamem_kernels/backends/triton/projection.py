@@ -108,23 +108,19 @@ def gate_and_store(b_x, p_out, p_bias, s_bias, i_m, m_m, i_row, m_row, rows):
     store(p_out + i_m[:, None] * rows + i_row[None, :], sigmoid(b_x), m_m[:, None] & m_row[None, :])
 
 
-@triton.jit(do_not_specialize=RUN_VARYING)
-def memory_projection_kernel(
+@triton.jit
+def project_tokens(
     p_x, p_qkv_weight, p_beta_weight, p_beta_bias, p_decay_weight, p_decay_bias,
-    p_q, p_k, p_v, p_beta, p_decay, p_norms, tokens, T, D, H,
+    p_q, p_k, p_v, p_beta, p_decay, p_norms, i_b, i_t, m_m, i_g, tokens, T, D, H,
     x_sb, x_st, x_sd, qkv_sr, qkv_sd, beta_sr, beta_sd, decay_sr, decay_sd, beta_bias_s, decay_bias_s,
     R: tl.constexpr, BETA_PER_HEAD: tl.constexpr, DECAY_PER_HEAD: tl.constexpr, NORMALIZE: tl.constexpr,
     HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK_M tokens of one sequence and one group of heads."""
+    """Tokens i_t [BLOCK_M] of batch row i_b, those in m_m, for head group i_g. T, D and H are int64."""
     dtype: tl.constexpr = p_q.dtype.element_ty
     DECAY: tl.constexpr = p_decay_weight is not None
-    T, D, H = tl.cast(T, tl.int64), tl.cast(D, tl.int64), tl.cast(H, tl.int64)
-    blocks = tl.cdiv(T, BLOCK_M)
-    i_b = tl.program_id(0).to(tl.int64) // blocks
-    i_t = tl.program_id(0).to(tl.int64) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    i_m, m_m = i_b * T + i_t, i_t < T
-    i_h, i_r, m_c = columns(tl.program_id(1).to(tl.int64), H, R, HEADS, RANK)
+    i_m = i_b * T + i_t
+    i_h, i_r, m_c = columns(i_g, H, R, HEADS, RANK)
     i_row = i_h * R + i_r
     i_beta, m_beta = gate_columns(i_h, i_r, m_c, R, BETA_PER_HEAD)
     i_decay, m_decay = gate_columns(i_h, i_r, m_c, R, DECAY_PER_HEAD)
@@ -156,6 +152,27 @@ def memory_projection_kernel(
     if DECAY:
         gate_rows = H if DECAY_PER_HEAD else H * R
         gate_and_store(b_decay, p_decay, p_decay_bias, decay_bias_s, i_m, m_m, i_decay, m_decay, gate_rows)
+
+
+@triton.jit(do_not_specialize=RUN_VARYING)
+def memory_projection_kernel(
+    p_x, p_qkv_weight, p_beta_weight, p_beta_bias, p_decay_weight, p_decay_bias,
+    p_q, p_k, p_v, p_beta, p_decay, p_norms, tokens, T, D, H,
+    x_sb, x_st, x_sd, qkv_sr, qkv_sd, beta_sr, beta_sd, decay_sr, decay_sd, beta_bias_s, decay_bias_s,
+    R: tl.constexpr, BETA_PER_HEAD: tl.constexpr, DECAY_PER_HEAD: tl.constexpr, NORMALIZE: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program takes BLOCK_M tokens of one sequence and one group of heads."""
+    T, D, H = tl.cast(T, tl.int64), tl.cast(D, tl.int64), tl.cast(H, tl.int64)
+    blocks = tl.cdiv(T, BLOCK_M)
+    i_b = tl.program_id(0).to(tl.int64) // blocks
+    i_t = tl.program_id(0).to(tl.int64) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    project_tokens(
+        p_x, p_qkv_weight, p_beta_weight, p_beta_bias, p_decay_weight, p_decay_bias,
+        p_q, p_k, p_v, p_beta, p_decay, p_norms, i_b, i_t, i_t < T, tl.program_id(1).to(tl.int64), tokens, T, D, H,
+        x_sb, x_st, x_sd, qkv_sr, qkv_sd, beta_sr, beta_sd, decay_sr, decay_sd, beta_bias_s, decay_bias_s,
+        R, BETA_PER_HEAD, DECAY_PER_HEAD, NORMALIZE, HEADS, RANK, BLOCK_M, BLOCK_D, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit

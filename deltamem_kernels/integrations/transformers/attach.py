@@ -6,17 +6,20 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...nn import DeltaMemConfig, DeltaMemory, MemoryRead
+from ...nn import DeltaMemConfig, DeltaMemory
 from ...nn.config import HEADS
-from .cache import LayerMemory, Step, layers_of
-from .call import KEYWORD, MemoryCall, call_for, hand_down
+from ...nn.decoding import Decoding
+from ...nn.writes import Writes
+from .cache import LayerMemory, Step, layer_of
+from .call import KEYWORD, HandedDown, MemoryCall, call_for, hand_down
 from .layers import attention_layers, memory_layers
-from .masks import token_mask
+from .masks import latest_mask
 
 
 def attach_memory(model: nn.Module, config: DeltaMemConfig, *, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -52,11 +55,17 @@ def build(model: nn.Module, config: DeltaMemConfig, dtype: torch.dtype) -> dict[
             config,
             projections["q"].in_features,
             {head: projection.out_features for head, projection in projections.items()},
-            {head: projection.weight for head, projection in projections.items()},
-            device=projections["q"].weight.device,
+            {head: getattr(projection, "weight", None) for head, projection in projections.items()},
+            device=_device(attention, model),
             dtype=dtype,
         )
     return memories
+
+
+def _device(*modules: nn.Module) -> torch.device:
+    """Where the first of them that has tensors has them: quantised projections may hold theirs in other forms."""
+    tensors = (x for module in modules for x in (*module.parameters(), *module.buffers()))
+    return next((x.device for x in tensors), torch.device("cpu"))
 
 
 def install(model: nn.Module, memories: dict[str, DeltaMemory]) -> list[str]:
@@ -97,14 +106,34 @@ def _stacks(modules: dict[str, nn.Module], names: list[str]) -> list[nn.Module]:
     return [modules[n.rpartition(".")[0]] for n in lists if isinstance(modules[n], nn.ModuleList)]
 
 
-class _Open(NamedTuple):
+@dataclass(slots=True)
+class _Open:
     """A call of an attention module that is under way."""
 
     attention: Any
-    read: MemoryRead
+    memory: DeltaMemory
     layer: LayerMemory | None
-    step: Step
     call: MemoryCall | None
+    write: bool
+    x: Tensor
+    before: Tensor | None
+    after: Tensor
+    decoding: Decoding | None = None
+    """Of a call of one token, which goes through the memory in one call and in place."""
+    slots: Tensor | None = None
+    """Of a decoding step: where in `after` each row's state is, -1 for padding; None where each row counts."""
+    reads: Tensor | None = None
+    """None until the first correction of a decoding step, which is one call with it."""
+    writes: Writes | None = None
+
+    def step(self, head: str | None = None, base: Tensor | None = None) -> None:
+        """The token's way through the memory, and the correction of a projection's output, in place."""
+        x, base, reads = self.x.squeeze(1), None if base is None else base.squeeze(1), None
+        if self.slots is None and self.decoding is not None:
+            reads = self.decoding.step(x, self.after, head, base)
+        if reads is None:
+            reads = self.memory.step(x, self.after, slots=self.slots, head=head, base=base)
+        self.reads = reads.unsqueeze(1)
 
 
 class _Stack(threading.local):
@@ -113,57 +142,85 @@ class _Stack(threading.local):
 
 
 _stack = _Stack()
+_nothing = HandedDown(None, None)
 
 
-def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    kwargs = dict(kwargs)
-    call: MemoryCall | None = kwargs.pop(KEYWORD, None) or call_for(attention)
+def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    handed: HandedDown = kwargs.get(KEYWORD, _nothing)
+    call, starts = handed.call or call_for(attention), handed.starts
     x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    batch, tokens = x.shape[:2]
-    cache, index, memory = kwargs.get("past_key_values"), attention.layer_idx, attention.delta_memory
-    layer, past = None, 0
-    if cache is not None:
-        layer = layers_of(cache).setdefault(index, LayerMemory())
-        past = cache.get_seq_length(index)
+    batch, tokens, _ = x.shape
+    memory = attention._modules["delta_memory"]  # past the module's own way, half a microsecond
+    cache, write = kwargs.get("past_key_values"), call is None or call.write
+    layer = None if cache is None else layer_of(cache, attention.layer_idx)
     state = None if layer is None else layer.state
     if state is None and call is not None and call.initial:
-        state = call.initial[index]
-    if state is not None:
+        state = call.initial[attention.layer_idx]
+    if state is not None and state.device != x.device:
         state = state.to(x.device)
-    attention_mask = kwargs.get("attention_mask")
-    if cache is None and isinstance(attention_mask, Tensor):
-        past = attention_mask.shape[-1] - tokens
-    mask = token_mask(attention_mask, batch, tokens, past)
-    write = call is None or call.write
+    mask = _mask(attention, batch, tokens, cache, kwargs.get("attention_mask"))
     segments = _segments(memory.config, call, x, decoding=tokens == 1 and cache is not None) if write else {}
-    read = memory.read(x, state, mask=mask, write=write, **segments)
-    step = Step(tokens, state, read.writes, write)
-    _stack.calls.append(_Open(attention, read, layer, step, call))
-    return args, kwargs
+    decoding = None
+    if tokens == 1 and not segments and (state is None or state.shape[0] == batch):
+        decoding = memory.decoding()
+    if decoding is not None:
+        slots = None if mask is None else torch.where(mask[:, 0], torch.arange(batch, device=mask.device), -1)
+        after = memory.zeros(x) if state is None else state.clone()
+        now = _Open(attention, memory, layer, call, write, x, state, after, decoding, slots)
+    else:
+        if starts is not None:  # positions may be one row for all
+            starts = starts.to(x.device).expand(batch, tokens)
+        reads, after, writes = memory.read(x, state, mask=mask, write=write, starts=starts, **segments)
+        now = _Open(attention, memory, layer, call, write, x, state, after, None, None, reads, writes)
+    _stack.calls.append(now)
+    if handed is _nothing:
+        return None
+    return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
 
 
-def _finish(attention: Any, args: tuple, output: Any) -> Any:
+def _mask(attention: Any, batch: int, tokens: int, cache: Any, attention_mask: Any) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    past = 0
+    if cache is not None:
+        past = cache.get_seq_length(attention.layer_idx)
+    elif isinstance(attention_mask, Tensor):
+        past = attention_mask.shape[-1] - tokens
+    return latest_mask(attention_mask, batch, tokens, past)
+
+
+def _finish(attention: Any, args: tuple, output: Any) -> None:
     """Keeps the state; not where the attention failed, and has no output."""
     if not _stack.calls or _stack.calls[-1].attention is not attention:
-        return None
-    _, read, layer, step, call = _stack.calls.pop()
+        return
+    now = _stack.calls.pop()
     if output is None:
-        return None
-    if layer is not None:
-        layer.advance(read.state, step)
-    if call is not None and call.is_open:
-        call.states[attention.layer_idx] = read.state
-    return None
+        return
+    if now.reads is None:
+        now.step()
+    after = now.after
+    if not now.write:
+        after = torch.zeros_like(after) if now.before is None else now.before
+    if now.layer is not None:
+        now.layer.advance(after, Step(now.x.shape[1], now.before, now.writes, now.write))
+    if now.call is not None and now.call.is_open:
+        now.call.states[attention.layer_idx] = after
 
 
 def _correct(head: str, projection: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
     if not _stack.calls:
         return None
-    attention, read, *_ = _stack.calls[-1]
-    if getattr(attention, f"{head}_proj") is not projection:
+    now = _stack.calls[-1]
+    if now.attention._modules.get(f"{head}_proj") is not projection:
         return None
-    in_place = not torch.is_grad_enabled() and output is not args[0]
-    return attention.delta_memory.correct(output, read.reads, head, out=output if in_place else None)
+    in_place = not torch.is_grad_enabled() and not (args and output is args[0])
+    if now.reads is not None:
+        if in_place and now.decoding is not None and now.decoding.correct(output, now.reads, head):
+            return None
+        return now.memory.correct(output, now.reads, head, out=output if in_place else None)
+    corrected = output if in_place else output.clone()
+    now.step(head, corrected)
+    return corrected
 
 
 def _correct_q(projection: nn.Module, args: tuple, output: Tensor) -> Tensor | None:

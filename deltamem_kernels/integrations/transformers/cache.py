@@ -1,5 +1,8 @@
 """The states of a request, in the cache that holds its keys and values.
 
+The releases' own slots for recurrent states are in layers of other types (linear attention), which a model's
+configuration asks for and whose `crop` refuses where such a state is; so ours are beside the layers.
+
 The cache that a model is given becomes a subclass of its own class, with the states of each layer in it: whoever
 copies, reorders, selects, crops or resets the cache does so with the states.
 """
@@ -12,12 +15,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from transformers import cache_utils
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from ...nn.memory import Writes
+from ...nn.writes import Writes
 from .states import check_states
 
 ROLLBACK = 128  # tokens that can be taken back at any time; more while the call that wrote them is the latest
+
+
+QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
 class Step(NamedTuple):
@@ -103,8 +110,11 @@ class MemoryCache:
         """Takes tokens back, from the memory too: as many as the keys and values lose.
 
         Raises:
-            ValueError: more than the memory can take back; keys and values stay as they are.
+            ValueError: more than the memory can take back, or a quantised cache, whose keys and values transformers
+                does not take back; they stay as they are.
         """
+        if any(isinstance(layer, QUANTIZED) for layer in self.layers):  # type: ignore[attr-defined]
+            raise ValueError("a quantised cache cannot take tokens back")
         held = self.get_seq_length()  # type: ignore[attr-defined]
         for layer in self.memory.values():
             layer.check_crop(min(-length, held) if length < 0 else held - length if length else 0)
@@ -140,6 +150,15 @@ def layers_of(cache: object) -> dict[int, LayerMemory]:
     cache.__class__ = _with_memory(type(cache))  # type: ignore[arg-type]
     cache.memory = memory  # type: ignore[attr-defined]
     return memory
+
+
+def layer_of(cache: object, index: int) -> LayerMemory:
+    """The memory of one layer in a cache; it is there from now on."""
+    memory = cache.memory if isinstance(cache, MemoryCache) else layers_of(cache)
+    layer = memory.get(index)
+    if layer is None:
+        layer = memory[index] = LayerMemory()
+    return layer
 
 
 def get_memory(cache: Cache) -> dict[int, Tensor]:

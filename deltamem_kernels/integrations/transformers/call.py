@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextvars
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...ops._checks import INDICES, describe, fail
 from .layers import memory_layers
+from .packing import sequence_starts
 from .states import check_states
 
 KEYWORD = "delta_memory_call"  # on its way from the stack of layers to each attention module
@@ -53,6 +54,7 @@ class MemoryCall:
         sentence_ids: Tensor | None = None,
     ) -> None:
         self.layers = [attention for _, attention in memory_layers(model)]
+        self._of_model = {id(attention) for attention in self.layers}
         if not self.layers:
             raise ValueError("the model has no memory: attach_memory gives it one")
         if states is not None:
@@ -106,17 +108,23 @@ class MemoryCall:
 def call_for(attention: nn.Module) -> MemoryCall | None:
     """The innermost open call of the model that the layer belongs to."""
     call = _innermost.get()
-    while call is not None and not any(layer is attention for layer in call.layers):
+    while call is not None and id(attention) not in call._of_model:
         call = call._outer
     return call
+
+
+class HandedDown(NamedTuple):
+    """What the attention modules of a call have in common."""
+
+    call: MemoryCall | None
+    starts: Tensor | None
+    """`[B or 1, T]` bool, of packed rows."""
 
 
 def hand_down(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Hook of the stack of layers. What checkpointed layers are called with, they are called with again in backward,
     when the `with` is over."""
-    if _innermost.get() is None:
-        return None
-    for _, attention in memory_layers(stack):
-        call = call_for(attention)
-        return None if call is None else (args, {**kwargs, KEYWORD: call})
-    return None
+    starts, call = sequence_starts(stack, args, kwargs), None
+    if _innermost.get() is not None:
+        call = next((call for _, attention in memory_layers(stack) if (call := call_for(attention))), None)
+    return None if call is None and starts is None else (args, {**kwargs, KEYWORD: HandedDown(call, starts)})

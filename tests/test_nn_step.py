@@ -1,0 +1,185 @@
+"""A decoding step of DeltaMemory, against its `read` and `correct`, whatever has been done to its weights before."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from problems import FLOAT32_TOLERANCE, error, fence
+from test_nn import HIDDEN, OUT, memory
+from torch import nn
+
+FIELDS = [
+    {},
+    {"num_state_heads": 4, "rank": 4, "rankwise_gates": False, "normalize_qk": False},
+    {"couple_lambda": False, "state_update_mode": "lambda_outside", "delta_o_rmsnorm": True},
+    {"state_update_mode": "no_lambda", "trainable_delta_scale": True, "delta_scale_granularity": "head"},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_a_step_is_a_read_and_a_correction(fields, dtype):
+    """In place, one row at a time or several; a row without a slot reads zeros and leaves everything as it is."""
+    module, rows = memory(**fields), 40
+    config = module.config
+    x = fence(torch.randn(rows, HIDDEN).to(dtype))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    start = torch.randn(rows, config.num_state_heads, config.rank, config.rank, dtype=wide)
+    exact = module.read(x[:, None], start)
+    for head in ("q", "k", "v", "o", None):
+        base = None if head is None else torch.randn(rows, OUT[head]).to(dtype)
+        for slots in (None, torch.randperm(rows).where(torch.arange(rows) % 4 != 0, -1)):
+            state, given = start.clone(), None if base is None else base.clone()
+            with torch.no_grad():
+                reads = module.step(x, state, slots=slots, head=head, base=given)
+            counts = torch.ones(rows, dtype=torch.bool) if slots is None else slots >= 0
+            where = torch.arange(rows) if slots is None else slots
+            if slots is not None:
+                exact = module.read(x[:, None], start[where], mask=counts[:, None])
+            assert error(reads, exact.reads[:, 0]) <= FLOAT32_TOLERANCE
+            assert error(state[where[counts]], exact.state[counts]) <= FLOAT32_TOLERANCE
+            rest = torch.ones(rows, dtype=torch.bool).index_fill(0, where[counts], False)
+            assert torch.equal(state[rest], start[rest])
+            if base is not None:
+                corrected = module.correct(base[:, None], exact.reads, head)[:, 0]
+                assert error(given, corrected) <= (1e-2 if dtype == torch.bfloat16 else FLOAT32_TOLERANCE)
+        exact = module.read(x[:, None], start)
+
+
+def reloaded(module, **options):
+    other = memory()
+    other.load_state_dict(module.state_dict(), **options)
+    return other
+
+
+def trained(module):
+    optimizer = torch.optim.AdamW(module.parameters(), 0.1)
+    module.read(torch.randn(2, 5, HIDDEN), torch.randn(2, 1, 8, 8)).reads.square().sum().backward()
+    optimizer.step()
+    return module
+
+
+def through_a_file(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def pointed_elsewhere(module):
+    nn.utils.vector_to_parameters(torch.randn(sum(p.numel() for p in module.parameters())), module.parameters())
+    return module
+
+
+def unseen(module):
+    """By a way that autograd's versions do not notice."""
+    for weight in module.parameters():
+        weight.data.mul_(0.5)
+    return module
+
+
+def of_its_own(module):
+    module.memory_k_proj = nn.Parameter(torch.randn_like(module.memory_k_proj))
+    return module
+
+
+def gates_of_its_own(module):
+    module.beta_bias = nn.Parameter(torch.randn_like(module.beta_bias))
+    module.delta_q_proj = nn.Parameter(torch.randn_like(module.delta_q_proj))
+    return module
+
+
+def the_first_of_two(module):
+    other = copy.deepcopy(module)
+    unseen(other)
+    assert not torch.equal(other.memory_q_proj, module.memory_q_proj)
+    return module
+
+
+def parametrised(module):
+    return nn.utils.parametrizations.orthogonal(module, "memory_q_proj")
+
+
+CHANGES = [
+    trained,
+    unseen,
+    of_its_own,
+    gates_of_its_own,
+    pointed_elsewhere,
+    through_a_file,
+    reloaded,
+    lambda module: reloaded(module, assign=True),
+    copy.deepcopy,
+    the_first_of_two,
+    parametrised,
+    lambda module: module.double(),
+    lambda module: module.bfloat16().float(),
+    lambda module: module.share_memory(),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_are_never_stale(change):
+    """What is read without gradients, from weights that lie in one piece, is what is read with them."""
+    module, x, state = memory(), torch.randn(40, HIDDEN), torch.randn(40, 1, 8, 8)
+    base = torch.randn(40, OUT["q"])
+    for _ in range(2):
+        with torch.no_grad():
+            module.step(x, state.clone(), head="q", base=base.clone())
+        module = change(module)
+        exact = module.read(x[:, None], state)
+        corrected = module.correct(base[:, None], exact.reads, "q")[:, 0]
+        with torch.no_grad():
+            after, ours = state.clone(), base.clone()
+            reads = module.step(x, after, head="q", base=ours)
+            whole = module.read(x[:, None], state)
+            again = module.correct(whole.reads.new_tensor(base)[:, None], whole.reads, "q")
+        for found in (reads, whole.reads[:, 0]):
+            assert error(found, exact.reads[:, 0]) <= FLOAT32_TOLERANCE
+        for found in (after, whole.state):
+            assert error(found, exact.state) <= FLOAT32_TOLERANCE
+        for found in (ours, again[:, 0]):
+            assert error(found, corrected) <= FLOAT32_TOLERANCE
+        if change is parametrised:
+            return
+
+
+def test_gradients_reach_each_weight_after_a_step():
+    """Also where the first call recorded none."""
+    module, x = memory(), torch.randn(1, 6, HIDDEN)
+    with torch.no_grad():
+        module.step(x[:, 0], torch.zeros(1, 1, 8, 8))
+    read = module.read(x)
+    module.correct(torch.randn(1, 6, OUT["q"]), read.reads, "q").square().sum().backward()
+    for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj", "beta_proj", "beta_bias", "delta_q_proj"):
+        assert getattr(module, name).grad.any(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, HIDDEN + 1)}, "qkv_weight must be"),
+        ({"x": torch.zeros(2, 1, HIDDEN)}, "x must be"),
+        ({"x": torch.zeros(2, HIDDEN).int()}, "x must be"),
+        ({"state": torch.zeros(2, 1, 4, 4)}, "state must be"),
+        ({"state": torch.zeros(1, 1, 8, 8)}, "state must have a slot for each"),
+        ({"slots": torch.zeros(2)}, "state_indices must be an int32 or int64"),
+        ({"base": torch.zeros(2, 5), "head": "q"}, "delta_weight must be"),
+        ({"base": torch.zeros(2, 32)}, "head must be one of q, k, v, o and given with base, got None"),
+        ({"head": "x", "base": torch.zeros(2, 32)}, "head must be one of q, k, v, o and given with base, got 'x'"),
+        ({"head": "q"}, "head must be one of q, k, v, o and given with base, got 'q'"),
+    ],
+    ids=str,
+)
+def test_bad_steps(change, message):
+    arguments = {"x": torch.zeros(2, HIDDEN), "state": torch.zeros(2, 1, 8, 8), **change}
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match=message):
+        memory().step(**arguments)
+
+
+def test_a_step_has_no_gradient():
+    with pytest.raises(ValueError, match="memory_decode has no gradient"):
+        memory().step(torch.zeros(2, HIDDEN), torch.zeros(2, 1, 8, 8))

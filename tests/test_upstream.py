@@ -1,0 +1,179 @@
+"""`patch` on a stand-in for the δ-mem authors' package; on theirs: `python -m benchmarks.upstream_parity`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from problems import FLOAT32_TOLERANCE, error
+
+from deltamem_kernels import compat
+from deltamem_kernels.integrations.upstream import patch, unpatch
+
+NAMES = ("kernels.affine_scan", "core.delta_impl", "core.delta", "runtime.session")
+
+
+def forget() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deltamem"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def authors(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The stand-in's modules, in place of a `deltamem` that may be installed."""
+    forget()
+    monkeypatch.syspath_prepend(Path(__file__).parent / "stand_in")
+    yield {name: importlib.import_module(f"deltamem.{name}") for name in NAMES}
+    unpatch()
+    forget()
+
+
+def functions(authors: dict[str, ModuleType]) -> dict[str, object]:
+    modules = {f"{name}.{key}": x for name, module in authors.items() for key, x in vars(module).items()}
+    return modules | dict(vars(authors["core.delta_impl"].DeltaMemAttention))
+
+
+def test_the_scan_under_each_of_its_names(authors):
+    layer, B, T, R = authors["core.delta"].DeltaMemAttention(), 3, 70, 4
+    q, k, v = (torch.nn.functional.normalize(torch.randn(B, T, R, dtype=torch.float64), dim=-1) for _ in range(3))
+    operands = [torch.randn(B, R, R, dtype=torch.float64), q, k, v, *torch.rand(3, B, T, R, dtype=torch.float64)]
+    mask = torch.rand(B, T) < 0.7
+    cotangents = torch.randn(B, R, R), torch.randn(B, T, R)
+
+    def run(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in operands]
+        results = layer.scan(*leaves, token_mask=mask)
+        return [*results, *torch.autograd.grad(results, leaves, [x.to(dtype) for x in cotangents])]
+
+    expected = run(torch.float64)
+    patch()
+    session = authors["runtime.session"]
+    assert session.scan is authors["core.delta_impl"].triton_affine_scan is compat.triton_affine_scan
+    assert session.support is authors["kernels.affine_scan"].triton_scan_support is compat.triton_scan_support
+    for got, exact in zip(run(torch.float32), expected, strict=True):
+        assert error(got.detach(), exact.detach()) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("granularity", ["message_mean", "sentence_mean"])
+def test_means(authors, granularity):
+    layer, B, T = authors["core.delta"].DeltaMemAttention(granularity), 4, 40
+    method = f"_build_{granularity.removesuffix('_mean')}_write_means"
+    cases = []
+    for mask in (None, torch.rand(B, T) < 0.5, torch.zeros(B, T, dtype=torch.bool)):
+        sentences = torch.randint(-2, 9, (B, T))
+        sentences[0] = -1
+        for dtype in (torch.int64, torch.int32):
+            cases.append((torch.randn(B, T, 6, dtype=torch.float64), mask, (sentences // 3).to(dtype), sentences))
+
+    def run(x, mask, messages, sentences):
+        layer.write_message_ids, layer.write_sentence_ids = messages, sentences
+        return getattr(layer, method)(x, mask)
+
+    expected = [run(*case) for case in cases]
+    patch()
+    written = 0
+    for case, exact in zip(cases, expected, strict=True):
+        got = run(*case)
+        if exact[0] is None:
+            assert got == (None, None, None)
+            continue
+        written += 1
+        assert error(got[0], exact[0]) <= 1e-12
+        assert got[0].shape == exact[0].shape
+        assert torch.equal(got[1], exact[1])
+        assert torch.equal(got[2].long(), exact[2])
+    assert written == 4
+    layer.write_enabled = False
+    assert run(*cases[0]) == (None, None, None)
+    layer.write_enabled, layer.memory_write_granularity = True, "token"
+    assert run(*cases[0]) == (None, None, None)
+    layer.memory_write_granularity, layer.write_message_ids = granularity, None
+    assert getattr(layer, method)(cases[0][0], None) == (None, None, None)
+
+
+def test_again_and_back(authors):
+    before = functions(authors)
+    unpatch()
+    assert functions(authors) == before
+    patch()
+    patched = functions(authors)
+    changed = {name.rpartition(".")[2] for name in before if patched[name] is not before[name]}
+    assert changed == {
+        "triton_affine_scan", "triton_scan_support", "scan", "support",
+        "_build_message_write_means", "_build_sentence_write_means",
+    }  # fmt: skip
+    patch()
+    assert functions(authors) == patched
+    del sys.modules["deltamem.runtime.session"]  # what is imported later has the new functions, and loses them too
+    authors["runtime.session"] = importlib.import_module("deltamem.runtime.session")
+    assert functions(authors) == patched
+    unpatch()
+    assert functions(authors) == before
+
+
+def drop(owner, name):
+    return lambda monkeypatch, authors: monkeypatch.delattr(owner(authors), name)
+
+
+def replace(owner, name, new):
+    return lambda monkeypatch, authors: monkeypatch.setattr(owner(authors), name, new)
+
+
+def kernels(authors):
+    return authors["kernels.affine_scan"]
+
+
+def layer(authors):
+    return authors["core.delta_impl"]
+
+
+def attention(authors):
+    return authors["core.delta_impl"].DeltaMemAttention
+
+
+OTHERS = {
+    "affine_scan has no function triton_scan_support": drop(kernels, "triton_scan_support"),
+    "affine_scan has no function triton_affine_scan": replace(kernels, "triton_affine_scan", object()),
+    r"triton_affine_scan takes \(state, q\), expected \(state, q, k, v, keep, erase, write, token_mask\)": replace(
+        kernels, "triton_affine_scan", lambda state, q: None
+    ),
+    "delta_impl does not take triton_affine_scan from": replace(layer, "triton_affine_scan", None),
+    "delta_impl has no class DeltaMemAttention": drop(layer, "DeltaMemAttention"),
+    "DeltaMemAttention has no function _build_message": drop(attention, "_build_message_write_means"),
+    r"_sentence_write_inputs takes \(self\), expected \(self, hidden_states, token_mask\)": replace(
+        attention, "_sentence_write_inputs", lambda self: None
+    ),
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_another_version_is_refused(authors, monkeypatch, message):
+    OTHERS[message](monkeypatch, authors)
+    before = {name: dict(vars(module)) for name, module in authors.items()}
+    with pytest.raises(RuntimeError, match=f"another version of `deltamem`: .*{message}.*Nothing was replaced"):
+        patch()
+    assert {name: dict(vars(module)) for name, module in authors.items()} == before
+
+
+def test_another_package_of_that_name_is_refused(authors, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deltamem.core.delta_impl", None)
+    with pytest.raises(RuntimeError, match=r"it has no module deltamem\.core\.delta_impl"):
+        patch()
+
+
+def test_what_it_imports_may_be_missing(authors, monkeypatch):
+    monkeypatch.delitem(sys.modules, "deltamem.core.delta_impl")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match="torch"):
+        patch()
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deltamem", None)
+    with pytest.raises(ImportError, match="patch\\(\\) needs the δ-mem authors' package `deltamem`"):
+        patch()
