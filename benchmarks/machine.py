@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from deltamem_kernels.backends import build
+
 ROOT = Path(__file__).resolve().parent.parent
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:/[^/\s'\":,()]+)+/([^/\s'\":,()]+)")
 
@@ -39,32 +41,61 @@ def _operating_system() -> str:
 
 
 def _version(package: str) -> str | None:
-    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+    """By the name it is imported by; what installed it may have called it otherwise."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    return next(iter(map(importlib.metadata.version, importlib.metadata.packages_distributions()[package])), None)
 
 
 def _git(*arguments: str) -> str | None:
+    return _said("git", "-C", str(ROOT), *arguments)
+
+
+def _said(*command: str) -> str | None:
+    """What a program prints, or None where there is none or it fails."""
     try:
-        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return None
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def header(arguments: list[str], device: str, threads: int, bandwidth: float) -> dict:
+def driver() -> str | None:
+    """The NVIDIA driver's release."""
+    said = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return said.splitlines()[0] if said else None
+
+
+def compiler() -> str | None:
+    """nvcc's release, as in 13.0."""
+    path = build.nvcc()
+    found = re.search(r"release ([\d.]+)", (_said(path, "--version") if path else None) or "")
+    return found and found[1]
+
+
+def provenance(device: str, commit: str | None = None) -> dict:
+    """What a figure's row must name. commit: where there is no git to ask."""
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+        "driver": driver() if device == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "nvcc": compiler() if device == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "HEAD") or commit,
+        "dirty": None if changes is None else bool(changes),
+    }
+
+
+def header(arguments: list[str], device: str, threads: int, bandwidth: float) -> dict:
+    return provenance(device) | {
         "copy_bandwidth_gb_s": round(bandwidth / 1e9, 2),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,
         "os": _operating_system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
         "command": without_paths(shlex.join(["python", "-m", "benchmarks", *arguments])),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -17,7 +17,8 @@ import torch
 Call = Callable[[], object]
 
 SAMPLE_SECONDS = 2e-4  # a shorter call is repeated within one sample, for the clock's sake
-GRAPH_BELOW_SECONDS = 1e-4  # launching such a call from Python takes longer than running it
+GRAPH_BELOW_SECONDS = 5e-3  # called from Python: what is longer is not held up by its launches
+GRAPH_SECONDS = 1.0  # of calls that a graph takes in: capturing more would take minutes
 MORE_THREADS_BELOW = 0.9  # of the time with fewer threads: less of a gain is noise
 SLICES = 10
 LEAST_SAMPLES = 3
@@ -62,9 +63,10 @@ class CpuStopwatch:
 
 class CudaStopwatch:
     """Samples calls on a CUDA device, between events. `calls` do the same with copies of the inputs, so many that
-    none is still in the L2 cache at its next turn. Short calls are replayed from a CUDA graph."""
+    none is still in the L2 cache at its next turn. Short calls are replayed from a CUDA graph, where Python's launches
+    do not hold them up; graph says whether, None that the time decides."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[Call], graph: bool | None = None) -> None:
         self.samples: list[float] = []
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
@@ -75,22 +77,22 @@ class CudaStopwatch:
         rotating = itertools.cycle(calls)
         self._run, self._calls, self.method = lambda: next(rotating)(), 1, "events"
         seconds = min(self._time() for _ in range(3))
-        if seconds < GRAPH_BELOW_SECONDS:
-            self._capture(calls)
+        if graph or (graph is None and seconds < GRAPH_BELOW_SECONDS):
+            self._capture(calls[: max(1, int(GRAPH_SECONDS / seconds))])
         elif seconds < 1e-2:
             self._calls = min(len(calls), math.ceil(1e-2 / seconds))
             self._run = lambda: [next(rotating)() for _ in range(self._calls)]
 
     def _capture(self, calls: Sequence[Call]) -> None:
-        graph = torch.cuda.CUDAGraph()
+        captured = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(captured):
                 for call in calls:
                     call()
         except RuntimeError as error:
             self.method = f"events, no CUDA graph: {str(error).splitlines()[0]}"
             return
-        self._run, self._calls, self.method = graph.replay, len(calls), "CUDA graph"
+        self._run, self._calls, self.method = captured.replay, len(calls), f"CUDA graph of {len(calls)}"
 
     def _time(self) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -108,8 +110,9 @@ class CudaStopwatch:
 
 
 def copies_past_cache(input_bytes: int, device: str) -> int:
-    """How many copies of the inputs a stopwatch should rotate through. On a CPU one: there the operands of a layer
-    are still in the cache when the next operation reads them."""
+    """How many copies of the inputs a stopwatch should rotate through, at most MOST_COPIES: inputs of a few kilobytes
+    stay in the L2 cache, as those of a layer are there when its next operation reads them. On a CPU one, for that
+    reason."""
     if device != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

@@ -50,7 +50,8 @@ def _as_they_are(tensors: Tensors) -> Tensors:
 @dataclass(frozen=True)
 class Implementation:
     """`run` is timed. `prepare` and `present` are not: they lend a peer with other conventions its own layout
-    before, and ours afterwards. `why_not` says in words why a shape cannot run here, or returns None."""
+    before, and ours afterwards. `why_not` says in words why a shape cannot run here, or returns None. `graph`: on a
+    GPU, whether it is timed in a CUDA graph; None if its time decides."""
 
     name: str
     run: Callable[[Tensors, Shape], Tensors]
@@ -59,6 +60,7 @@ class Implementation:
     slow_start: bool = False
     prepare: Callable[[Tensors], Tensors] = _as_they_are
     present: Callable[[Tensors], Tensors] = _as_they_are
+    graph: bool | None = None
 
 
 @dataclass(frozen=True)

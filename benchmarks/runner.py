@@ -165,7 +165,8 @@ def _check(
             return measure.CpuStopwatch(lambda: implementation.run(prepared, shape), settings.thread_choices)
         copies = measure.copies_past_cache(sum(tensor.nbytes for tensor in inputs.values()), shape.device)
         many = [implementation.prepare(_leaves(inputs, operation)) for _ in range(copies)]
-        return measure.CudaStopwatch([lambda each=each: implementation.run(each, shape) for each in many])
+        calls = [lambda each=each: implementation.run(each, shape) for each in many]
+        return measure.CudaStopwatch(calls, implementation.graph)
     except Exception as error:  # one implementation must not take the others' figures with it
         first_line = (str(error).splitlines() or [""])[0]
         row.status, row.note = "failed", without_paths(f"{type(error).__name__}: {first_line}")

@@ -241,7 +241,7 @@ def test_what_is_kept_for_backward_is_counted() -> None:
 
 def test_a_layer_with_the_memory_gives_what_the_frozen_one_gives(run: Callable) -> None:
     """With corrections of zero, by prefill and by decoding."""
-    status, result = run("--op", "layer", "--impl", "frozen", "(cpu)", "--tokens", "1", "40")
+    status, result = run("--op", "layer SmolLM2-135M", "--impl", "frozen", "(cpu)", "--tokens", "1", "40")
     assert status == 0
     ran = [(row["implementation"], row["shape"]["tokens"]) for row in result["rows"] if row["status"] == "ok"]
     assert sorted(ran) == [("frozen", 1), ("frozen", 40), ("with memory (cpu)", 1), ("with memory (cpu)", 40)]

@@ -1,14 +1,18 @@
 """A frozen attention layer, and the same with the memory around it: what the memory costs a layer.
 
-The layer is that of SmolLM2-135M: q, k, v and o projections without bias, rotary embedding, causal attention of 9 heads
-on 3; a token alone attends to 512 others. The memory corrects q and o. The corrections' weights are zeros, as at the
-start of training: both layers then give the same, which is checked, and the memory costs what it always does.
+The layers are those of three models: q, k, v and o projections without bias, rotary embedding, Qwen3's with a norm over
+each head of q and k, causal attention; a token alone attends to 512 others. The memory corrects q and o. The
+corrections' weights are zeros, as at the start of training: both layers then give the same, which is checked, and the
+memory costs what it always does. On a GPU a token is timed in a CUDA graph, and as it is called from Python ("eager");
+"compiled" is torch.compile of the whole layer.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,35 +28,62 @@ from deltamem_kernels import (
 
 from ..registry import Implementation, Operation, Shape, Tensors
 from .delta_update import _ours_why_not
-from .memory_projection import PARAMETERS, hidden_inputs
+from .memory_projection import PARAMETERS, _compiled_reason, hidden_inputs
 
-WIDTH, HEADS, KV_HEADS, HEAD_DIM, CACHED = 576, 9, 3, 64, 512
+CACHED = 512
 SCALE = 2.0
+QUERIES_AT_ONCE = 512
 
 
-def inputs(shape: Shape) -> Tensors:
-    made = hidden_inputs(WIDTH, shape)
+@dataclass(frozen=True)
+class Layer:
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_norm: bool = False
+    large: bool = True
+
+
+LAYERS = {
+    "SmolLM2-135M": Layer(576, 9, 3, 64, large=False),
+    "SmolLM3-3B": Layer(2048, 16, 4, 128),
+    "Qwen3-4B": Layer(2560, 32, 8, 128, head_norm=True),
+}
+
+
+def inputs(layer: Layer, shape: Shape) -> Tensors:
+    made = hidden_inputs(layer.width, shape)
     generator = torch.Generator().manual_seed(6)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
 
-    for name, rows in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
-        made[f"{name}_proj"] = normal(rows * HEAD_DIM, WIDTH) / math.sqrt(WIDTH)
-    made["o_proj"] = normal(WIDTH, HEADS * HEAD_DIM) / math.sqrt(WIDTH)
+    for name, rows in (("q", layer.heads), ("k", layer.kv_heads), ("v", layer.kv_heads)):
+        made[f"{name}_proj"] = normal(rows * layer.head_dim, layer.width) / math.sqrt(layer.width)
+    made["o_proj"] = normal(layer.width, layer.heads * layer.head_dim) / math.sqrt(layer.width)
     memory = shape.heads * shape.rank
-    made |= {"delta_q": torch.zeros(HEADS * HEAD_DIM, memory), "delta_o": torch.zeros(WIDTH, memory)}
+    made |= {
+        "delta_q": torch.zeros(layer.heads * layer.head_dim, memory),
+        "delta_o": torch.zeros(layer.width, memory),
+    }
+    if layer.head_norm:
+        made |= {f"{name}_norm": 1 + normal(layer.head_dim) / 10 for name in ("q", "k")}
     first = CACHED if shape.tokens == 1 else 0
-    frequencies = 10000.0 ** -torch.linspace(0, 1, HEAD_DIM // 2)
+    frequencies = 10000.0 ** -torch.linspace(0, 1, layer.head_dim // 2)
     angles = torch.arange(first, first + shape.tokens)[None, :, None] * torch.cat((frequencies, frequencies))
     made |= {"cos": angles.cos(), "sin": angles.sin()}
-    made |= {name: normal(shape.batch, KV_HEADS, first, HEAD_DIM) for name in ("keys", "values")}
+    made |= {name: normal(shape.batch, layer.kv_heads, first, layer.head_dim) for name in ("keys", "values")}
     made["state"] = torch.zeros(shape.batch, shape.heads, shape.rank, shape.rank)
     return {name: x.to(shape.device, made["x"].dtype) for name, x in made.items()}
 
 
-def _heads(y: Tensor) -> Tensor:
-    return y.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+def _heads(y: Tensor, layer: Layer) -> Tensor:
+    return y.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
+
+
+def _norm(y: Tensor, weight: Tensor | None) -> Tensor:
+    return y if weight is None else F.rms_norm(y, y.shape[-1:], weight, 1e-6)
 
 
 def _rotary(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -61,65 +92,103 @@ def _rotary(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y * cos.unsqueeze(1) + torch.cat((-b, a), -1) * sin.unsqueeze(1)
 
 
-def _attention(query: Tensor, inputs: Tensors) -> Tensor:
-    """From the query with its rotary to the output of o_proj."""
+def _attention(layer: Layer, query: Tensor, inputs: Tensors) -> Tensor:
+    """From the query with its norm and rotary to the output of o_proj."""
     x, cos, sin = inputs["x"], inputs["cos"], inputs["sin"]
-    key = _rotary(_heads(F.linear(x, inputs["k_proj"])), cos, sin)
-    key = torch.cat((inputs["keys"], key), 2)
-    value = torch.cat((inputs["values"], _heads(F.linear(x, inputs["v_proj"]))), 2)
-    attended = F.scaled_dot_product_attention(query, key, value, is_causal=x.shape[1] > 1, enable_gqa=True)
-    return F.linear(attended.transpose(1, 2).flatten(2), inputs["o_proj"])
+    key = _norm(_heads(F.linear(x, inputs["k_proj"]), layer), inputs.get("k_norm"))
+    key = torch.cat((inputs["keys"], _rotary(key, cos, sin)), 2)
+    value = torch.cat((inputs["values"], _heads(F.linear(x, inputs["v_proj"]), layer)), 2)
+    return F.linear(_attended(query, key, value).transpose(1, 2).flatten(2), inputs["o_proj"])
 
 
-def _frozen(inputs: Tensors, shape: Shape) -> Tensors:
-    query = _rotary(_heads(F.linear(inputs["x"], inputs["q_proj"])), inputs["cos"], inputs["sin"])
-    return {"out": _attention(query, inputs)}
+def _attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """In float64 for a block of queries after another: thousands at once would want gigabytes."""
+    causal, T = query.shape[2] > 1, query.shape[2]
+    if query.dtype != torch.float64 or T <= QUERIES_AT_ONCE:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+    blocks = []
+    for first in range(0, T, QUERIES_AT_ONCE):
+        last = min(first + QUERIES_AT_ONCE, T)
+        mask = torch.arange(last, device=query.device) <= torch.arange(first, last, device=query.device)[:, None]
+        of_block = query[:, :, first:last], key[:, :, :last], value[:, :, :last]
+        blocks.append(F.scaled_dot_product_attention(*of_block, attn_mask=mask, enable_gqa=True))
+    return torch.cat(blocks, 2)
 
 
-def _with_memory(backend: str, inputs: Tensors, shape: Shape) -> Tensors:
+def _frozen(layer: Layer, inputs: Tensors, shape: Shape) -> Tensors:
+    query = _norm(_heads(F.linear(inputs["x"], inputs["q_proj"]), layer), inputs.get("q_norm"))
+    return {"out": _attention(layer, _rotary(query, inputs["cos"], inputs["sin"]), inputs)}
+
+
+def _with_memory(backend: str, layer: Layer, inputs: Tensors, shape: Shape) -> Tensors:
     x, weights = inputs["x"], [inputs[name] for name in PARAMETERS]
     query = F.linear(x, inputs["q_proj"])
     options = {"heads": shape.heads, "backend": backend}
-    rotary = {"head_dim": HEAD_DIM, "cos": inputs["cos"], "sin": inputs["sin"], "backend": backend}
+    of_heads = {"head_dim": layer.head_dim, "norm_weight": inputs.get("q_norm")}
     if x.shape[1] == 1:
         of_row = {name: inputs[name][:, 0] for name in ("cos", "sin")}
         base, delta = query[:, 0], inputs["delta_q"]
         reads, corrected = memory_decode(
             inputs["state"], x[:, 0], *weights, base=base, delta_weight=delta, scale=SCALE, out=base,
-            **options | {"head_dim": HEAD_DIM} | of_row,
+            **options, **of_heads, **of_row,
         )  # fmt: skip
         query, reads = corrected.unsqueeze(1), reads.unsqueeze(1)
     else:
         reads, _ = memory_prefill(x, *weights, **options)
-        query = attention_correction_norm_rope(query, reads, inputs["delta_q"], SCALE, out=query, **rotary)
-    out = _attention(_heads(query), inputs)
+        rotary = {"cos": inputs["cos"], "sin": inputs["sin"], "backend": backend}
+        query = attention_correction_norm_rope(query, reads, inputs["delta_q"], SCALE, out=query, **of_heads, **rotary)
+    out = _attention(layer, _heads(query, layer), inputs)
     return {"out": attention_correction(out, reads, inputs["delta_o"], SCALE, out=out, backend=backend)}
 
 
-def bytes_moved(shape: Shape) -> int:
+def bytes_moved(layer: Layer, shape: Shape) -> int:
     """The layer's own: x read, the weights and the cached keys and values read, the output written."""
-    weights = 2 * (HEADS + KV_HEADS) * HEAD_DIM * WIDTH
-    cached = 2 * shape.batch * KV_HEADS * HEAD_DIM * (CACHED if shape.tokens == 1 else 0)
-    return (2 * shape.batch * shape.tokens * WIDTH + weights + cached) * shape.dtype.itemsize
+    weights = 2 * (layer.heads + layer.kv_heads) * layer.head_dim * layer.width
+    cached = 2 * shape.batch * layer.kv_heads * layer.head_dim * (CACHED if shape.tokens == 1 else 0)
+    return (2 * shape.batch * shape.tokens * layer.width + weights + cached) * shape.dtype.itemsize
 
 
-OPERATIONS = (
-    Operation(
-        name="layer SmolLM2-135M",
-        inputs=inputs,
-        oracle=_frozen,
-        bytes_moved=bytes_moved,
-        implementations=(
-            Implementation("frozen", _frozen),
-            *(
-                Implementation(
-                    f"with memory ({name})",
-                    functools.partial(_with_memory, name),
-                    functools.partial(_ours_why_not, name),
-                )
-                for name in backends()
-            ),
-        ),
+Run = Callable[[Tensors, Shape], Tensors]
+WhyNot = Callable[[Shape], "str | None"]
+
+
+def _compiled(run: Run) -> Run:
+    @functools.cache
+    def of_shape(shape: Shape) -> Callable[[Tensors], Tensors]:
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(lambda inputs: run(inputs, shape), fullgraph=True, dynamic=False)
+
+    return lambda inputs, shape: of_shape(shape)(inputs)
+
+
+def _eager_why_not(why_not: WhyNot, shape: Shape) -> str | None:
+    return why_not(shape) or (None if shape.device == "cuda" else "on a CPU every call is: needs --device cuda")
+
+
+def _in_all_forms(name: str, run: Run, why_not: WhyNot, slow: bool) -> tuple[Implementation, ...]:
+    compiled_why_not = lambda shape: why_not(shape) or _compiled_reason(shape)  # noqa: E731
+    return (
+        Implementation(name, run, why_not, slow_start=slow),
+        Implementation(f"{name}, eager", run, functools.partial(_eager_why_not, why_not), slow_start=slow, graph=False),
+        Implementation(f"{name}, compiled", _compiled(run), compiled_why_not, slow_start=True),
+    )
+
+
+def _operation(model: str, layer: Layer) -> Operation:
+    frozen = functools.partial(_frozen, layer)
+    implementations = _in_all_forms("frozen", frozen, lambda shape: None, layer.large)
+    for name in backends():
+        run = functools.partial(_with_memory, name, layer)
+        why_not = functools.partial(_ours_why_not, name)
+        implementations += _in_all_forms(f"with memory ({name})", run, why_not, layer.large)
+    return Operation(
+        name=f"layer {model}",
+        inputs=functools.partial(inputs, layer),
+        oracle=frozen,
+        bytes_moved=functools.partial(bytes_moved, layer),
+        implementations=implementations,
         baseline="frozen",
-    ),
-)
+    )
+
+
+OPERATIONS = tuple(_operation(model, layer) for model, layer in LAYERS.items())
