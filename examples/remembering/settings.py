@@ -1,0 +1,55 @@
+"""What a training run is: model, memory, data, optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deltamem_kernels.nn import DeltaMemConfig
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "tsw": {},
+    "ssw": {"memory_write_granularity": "message_mean"},
+    "msw": {"num_state_heads": 4},
+}
+"""Each token writes; the mean of each message; four states side by side."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are those of `train.py`."""
+
+    model: str = "smollm2"
+    strategy: str = "tsw"
+    rank: int = 8
+    alpha: float = 16.0
+    heads: str = "qo"
+    """the projections that are corrected"""
+    first_layer: int = 0
+    """the first one that has a memory"""
+    tasks: str = "facts"
+    """comma-separated, in turn: facts, recall, dialogue"""
+    most: int = 3
+    """facts or passwords in a passage: from 1 to so many"""
+    steps: int = 400
+    batch: int = 16
+    """passages in a step, for each process"""
+    accumulate: int = 1
+    learning_rate: float = 5e-3
+    warmup: int = 20
+    clip: float = 1.0
+    seed: int = 0
+    dtype: str = "bfloat16"
+    """of the frozen model; the memory is float32"""
+
+    def memory(self, layers: int) -> DeltaMemConfig:
+        return DeltaMemConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            delta_heads=tuple(self.heads),
+            target_layers=tuple(range(self.first_layer, layers)) if self.first_layer else (),
+            **STRATEGIES[self.strategy],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
