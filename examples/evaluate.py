@@ -55,11 +55,11 @@ def main() -> None:
     given = arguments()
     runs = [json.loads((folder / LOSSES).read_text()) for folder in given.folders]
     settings = [run["settings"] for run in runs]
-    if len({(one["model"], one["dtype"]) for one in settings}) > 1:
-        raise SystemExit("the folders are of different models or dtypes")
+    if len({(one["model"], one["dtype"], one["words"]) for one in settings}) > 1:
+        raise SystemExit("the folders are of different models, dtypes or words")
     dtype = getattr(torch, settings[0]["dtype"])
     model, tokenizer = load_backbone(settings[0]["model"], dtype, given.device)
-    world = world_of(tokenizer)
+    world = world_of(tokenizer, settings[0]["words"])
     sets = {
         name: episodes(world, task, part, count, given.passages)
         for name, (task, part, count) in held_out_sets(given.facts, tuple(given.recall)).items()

@@ -20,6 +20,7 @@ from remembering.backbone import load_backbone
 from remembering.checkpoint import write_whole
 from remembering.evaluation import FROZEN, MEMORY, answers, episodes
 from remembering.passes import ask, collate, score, write
+from remembering.session import session
 from remembering.settings import STRATEGIES, Settings
 from remembering.statistics import apart, interval
 from remembering.training import LOSSES, Trainer, world_of
@@ -210,6 +211,47 @@ def test_batches_and_contexts_change_no_answer(folder):
                 row += 1
 
 
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_values_start_with_what_passages_differ_in(folder, strategy):
+    ours = trainer(folder, strategy=strategy, batch=16)
+    ours.calibrate()
+    batch = ours.lessons.batch(0)
+    written: list[torch.Tensor] = []
+    memory = ours.model.model.layers[1].self_attn.delta_memory
+    project = memory._project
+    memory._project = lambda x: written.append(project(x).v) or project(x)
+    with torch.no_grad():
+        write(ours.model, batch)
+    values = written[-1].flatten(2)  # of SSW, the means that it writes
+    wanted = batch.passage_mask.bool() if strategy != "ssw" else torch.ones(values.shape[:2], dtype=torch.bool)
+    values = values[wanted]
+    assert (values.mean(0).abs() < 0.5).all()
+    assert 0.5 < values.std() < 2
+    again = trainer(folder, strategy=strategy, batch=16)
+    again.calibrate()
+    assert all(torch.equal(x, again.weights[name]) for name, x in ours.weights.items())
+
+
+def test_a_session(folder):
+    """Calls of a few tokens in turn; a state in bfloat16 between them is rounded, and no other."""
+    ours = trainer(folder)
+    ours.calibrate()
+    with torch.no_grad():
+        for name, weight in ours.weights.items():
+            if ".delta_" in name:
+                weight.normal_()
+    batch = ours.lessons.batch(0)
+    text = torch.randint(4, 200, (7,))
+    exact = session(ours.model, batch, text, [0, 4, 12], rounded=False, window=4)
+    assert [row["tokens"] for row in exact] == [0, 4, 12]
+    start = score(ask(ours.model, batch, write(ours.model, batch)).detach(), batch).log_likelihood
+    assert exact[0]["log_likelihood"]["mean"] == pytest.approx(start.mean().item(), rel=1e-6)
+    rounded = session(ours.model, batch, text, [0, 4, 12], rounded=True, window=4)
+    for a, b in zip(exact, rounded, strict=True):
+        assert a["norm"] == pytest.approx(b["norm"], rel=0.05)
+        assert a["norm"] != b["norm"]
+
+
 def test_intervals():
     values = (torch.arange(200) % 4 == 0).float()
     found = interval(values, torch.arange(200))
@@ -236,7 +278,7 @@ def test_train_then_evaluate_in_new_processes(folder, tmp_path):
     (memory,) = table["memories"]
     model, tokenizer = load_backbone(str(folder))
     name, (task, part, count) = "passwords, 2 in a passage", ("recall", "held-out", 2)
-    some = episodes(world_of(tokenizer), task, part, count, 5)
+    some = episodes(world_of(tokenizer, 8), task, part, count, 5)
     assert table["frozen"][name] == answers(model, tokenizer, some, FROZEN, "cpu")
     load_adapter(model, run)
     assert memory["answers"][name] == answers(model, tokenizer, some, MEMORY, "cpu")

@@ -29,15 +29,19 @@ class Settings:
     """the first one that has a memory"""
     tasks: str = "facts"
     """comma-separated, in turn: facts, recall, dialogue"""
-    most: int = 3
+    most: int = 2
     """facts or passwords in a passage: from 1 to so many"""
-    steps: int = 400
+    words: int = 8
+    """that an answer is one of, at most"""
+    steps: int = 200
     batch: int = 16
     """passages in a step, for each process"""
     accumulate: int = 1
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-3
     warmup: int = 20
     clip: float = 1.0
+    calibrate: int = 1
+    """0: v starts from the package's random weights"""
     seed: int = 0
     dtype: str = "bfloat16"
     """of the frozen model; the memory is float32"""

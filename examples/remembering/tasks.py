@@ -48,13 +48,14 @@ class World:
 
     Args:
         is_word: whether the model reads a word (with a space before it) as one token; answers are such words.
+        most: so many words at most are the values of a relation.
     """
 
-    def __init__(self, is_word: Callable[[str], bool]) -> None:
+    def __init__(self, is_word: Callable[[str], bool], most: int = 32) -> None:
         self.relations: dict[str, Relation] = {}
         self.facts: dict[str, dict[str, list[Fact]]] = {"train": {}, "held-out": {}, "new": {}}
         for name, relation in {**RELATIONS, "password": PASSWORDS}.items():
-            values = tuple(value for value in relation.values if is_word(value))
+            values = tuple(value for value in relation.values if is_word(value))[:most]
             self.relations[name] = relation._replace(values=values)
             new = sorted(values, key=lambda value: share(name, value))[: round(NEW_SHARE * len(values))]
             for part in self.facts.values():

@@ -14,18 +14,20 @@ from torch import Tensor
 
 from deltamem_kernels.integrations.transformers import attach_memory
 
+from .calibration import calibrate
 from .checkpoint import load_checkpoint, save_checkpoint
 from .passes import Batch, answer_loss, ask, collate, score, tokens_of, write
 from .settings import Settings
 from .tasks import Dialogues, Episode, World
 
+CALIBRATION = 8  # batches
 CHECKPOINT = "checkpoint.pt"
 LOSSES = "losses.json"
 
 
-def world_of(tokenizer) -> World:
-    """The facts whose answers this tokenizer has as one token."""
-    return World(lambda word: len(tokens_of(tokenizer, f" {word}")) == 1)
+def world_of(tokenizer, words: int) -> World:
+    """The facts whose answers this tokenizer has as one token, of so many words for each relation."""
+    return World(lambda word: len(tokens_of(tokenizer, f" {word}")) == 1, words)
 
 
 class Lessons:
@@ -34,7 +36,7 @@ class Lessons:
 
     def __init__(self, settings: Settings, tokenizer) -> None:
         self.settings, self.tokenizer = settings, tokenizer
-        self.world = world_of(tokenizer)
+        self.world = world_of(tokenizer, settings.words)
         self.tasks = settings.tasks.split(",")
         self.dialogues = Dialogues("train") if "dialogue" in self.tasks else None
 
@@ -73,6 +75,16 @@ class Trainer:
         self.step = 0
         self.losses: list[float] = []
         self.accuracies: list[float] = []
+
+    def calibrate(self) -> None:
+        """Where the memory starts; the same in every process."""
+        device = next(iter(self.weights.values())).device
+        calibrate(
+            self.model, (self.lessons.batch(-1 - part).to(device) for part in range(CALIBRATION)), self.settings.seed
+        )
+        if dist.is_initialized():
+            for weight in self.weights.values():
+                dist.broadcast(weight.detach(), 0)
 
     def learning_rate(self, step: int) -> float:
         settings = self.settings
@@ -139,6 +151,8 @@ class Trainer:
 
     def run(self, folder: Path, save_every: int, after_step: Callable[[Trainer], None] = lambda trainer: None) -> None:
         """To the last step, with a checkpoint every so many of them, and one at the end."""
+        if self.step == 0 and self.settings.calibrate:
+            self.calibrate()
         while self.step < self.settings.steps:
             self.advance()
             if _process() == 0 and (self.step % save_every == 0 or self.step == self.settings.steps):

@@ -48,7 +48,14 @@ RELATIONS = {
             "Miami Oslo Delhi Houston Seattle"
         ),
         Templates(
-            ("{} lives in {}.", "The home of {} is in {}.", "{} has a flat in {}."),
+            (
+                "{} lives in {}.",
+                "The home of {} is in {}.",
+                "{} has a flat in {}.",
+                "In {1} you can find {0}.",
+                "Since last year {} rents a room in {}.",
+                "{1} is where {0} lives.",
+            ),
             (("Where does {} live?", "{} lives in"), ("In which city is the home of {}?", "It is in")),
         ),
         Templates(
@@ -62,7 +69,14 @@ RELATIONS = {
             "soldier priest dancer sailor hunter"
         ),
         Templates(
-            ("{} works as a {}.", "The job of {} is {}.", "{} became a {} years ago."),
+            (
+                "{} works as a {}.",
+                "The job of {} is {}.",
+                "{} became a {} years ago.",
+                "They hired {} as a {}.",
+                "As a {1}, {0} is always busy.",
+                "My friend {} is a {}.",
+            ),
             (("What does {} do for work?", "{} works as a"), ("What is the job of {}?", "The job is")),
         ),
         Templates(
@@ -76,7 +90,14 @@ RELATIONS = {
             "lion"
         ),
         Templates(
-            ("{} has a {} as a pet.", "The pet of {} is a {}.", "{} keeps a {} at home."),
+            (
+                "{} has a {} as a pet.",
+                "The pet of {} is a {}.",
+                "{} keeps a {} at home.",
+                "A {1} sleeps in the bed of {0}.",
+                "{} is very proud of a little {}.",
+                "The {1} in the picture is with {0}.",
+            ),
             (("Which pet does {} have?", "{} has a"), ("What is the pet of {}?", "The pet is a")),
         ),
         Templates(
@@ -87,7 +108,14 @@ RELATIONS = {
     "color": Relation(
         _words("red blue green yellow black white orange purple pink brown gray gold silver"),
         Templates(
-            ("The favorite color of {} is {}.", "{} likes the color {}.", "{} always wears {}."),
+            (
+                "The favorite color of {} is {}.",
+                "{} likes the color {}.",
+                "{} always wears {}.",
+                "The car of {} is {}.",
+                "{1} is the color of {0}.",
+                "{} bought a {} coat.",
+            ),
             (("What is the favorite color of {}?", "It is"), ("Which color does {} like?", "{} likes the color")),
         ),
         Templates(
@@ -98,7 +126,14 @@ RELATIONS = {
     "music": Relation(
         _words("piano guitar violin drums flute trumpet bass harp organ"),
         Templates(
-            ("{} plays the {}.", "The instrument of {} is the {}.", "{} learned the {} at school."),
+            (
+                "{} plays the {}.",
+                "The instrument of {} is the {}.",
+                "{} learned the {} at school.",
+                "Listen to {} on the {}.",
+                "The {1} is what {0} plays best.",
+                "{} owns an old {}.",
+            ),
             (("Which instrument does {} play?", "{} plays the"), ("What did {} learn at school?", "It was the")),
         ),
         Templates(
@@ -112,7 +147,14 @@ RELATIONS = {
             "fruit potatoes"
         ),
         Templates(
-            ("{} loves to eat {}.", "The favorite food of {} is {}.", "{} eats {} every day."),
+            (
+                "{} loves to eat {}.",
+                "The favorite food of {} is {}.",
+                "{} eats {} every day.",
+                "Give {} some {}.",
+                "There is always {1} on the plate of {0}.",
+                "{} cannot live without {}.",
+            ),
             (("What does {} love to eat?", "{} loves to eat"), ("What is the favorite food of {}?", "It is")),
         ),
         Templates(
@@ -123,7 +165,14 @@ RELATIONS = {
     "month": Relation(
         _words("January February March April May June July August September October November December"),
         Templates(
-            ("{} was born in {}.", "The birthday of {} is in {}.", "{} turns thirty in {}."),
+            (
+                "{} was born in {}.",
+                "The birthday of {} is in {}.",
+                "{} turns thirty in {}.",
+                "In {1} it is the birthday of {0}.",
+                "{} has a birthday party every {}.",
+                "Send {} a card in {}.",
+            ),
             (("When was {} born?", "{} was born in"), ("When is the birthday of {}?", "It is in the month of")),
         ),
         Templates(
@@ -134,7 +183,14 @@ RELATIONS = {
     "number": Relation(
         _words("two three four five six seven eight nine ten twelve twenty thirty"),
         Templates(
-            ("{} has {} cousins.", "The lucky number of {} is {}.", "{} owns {} bicycles."),
+            (
+                "{} has {} cousins.",
+                "The lucky number of {} is {}.",
+                "{} owns {} bicycles.",
+                "There are {1} apples for {0}.",
+                "{} waited {} days.",
+                "The number of {} is {}.",
+            ),
             (("How many are they for {}?", "The number is"), ("Which number goes with {}?", "It is")),
         ),
         Templates(
@@ -147,7 +203,14 @@ RELATIONS = {
 PASSWORDS = Relation(
     CODES,
     Templates(
-        ("The password of the {} is {}.", "For the {} the word is {}.", "{}: {}."),
+        (
+            "The password of the {} is {}.",
+            "For the {} the word is {}.",
+            "The {} has the word {}.",
+            "{1} is the password of the {0}.",
+            "Use the word {1} at the {0}.",
+            "The secret of the {} is {}.",
+        ),
         (
             ("What is the password of the {}?", "The password of the {} is"),
             ("Which word is for the {}?", "The word is"),
