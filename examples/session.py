@@ -18,6 +18,7 @@ from remembering.passes import collate, tokens_of
 from remembering.plots import plot_session
 from remembering.report import share
 from remembering.session import session
+from remembering.tasks import reference
 from remembering.training import LOSSES, world_of
 
 from deltamem_kernels.integrations.transformers import load_adapter
@@ -37,15 +38,13 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    from pydoc_data.topics import topics  # Python's own language reference
-
     given = arguments()
     settings = json.loads((given.folder / LOSSES).read_text())["settings"]
     model, tokenizer = load_backbone(settings["model"], getattr(torch, settings["dtype"]), given.device)
     load_adapter(model, given.folder)
     some = episodes(world_of(tokenizer, settings["words"]), "facts", "held-out", 1, given.passages, seed=2)
     batch = collate(tokenizer, some).to(given.device)
-    text = torch.tensor(tokens_of(tokenizer, "\n".join(topics[name] for name in sorted(topics)))[: given.longest])
+    text = torch.tensor(tokens_of(tokenizer, "\n".join(reference("held-out")))[: given.longest])
     longest = max(given.longest // given.window, 1) * given.window
     lengths = [0, given.window]
     while lengths[-1] < longest:

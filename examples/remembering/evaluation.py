@@ -15,7 +15,7 @@ from deltamem_kernels.integrations.transformers import MemoryCall, memory_layers
 
 from .passes import Batch, Scores, States, ask, by_message, collate, run_stack, score, tokens_of, write
 from .statistics import interval
-from .tasks import Dialogues, Episode, World
+from .tasks import Dialogues, Episode, World, reference
 
 BATCH = 16
 FROZEN = ("frozen, no context", "frozen, with context")
@@ -95,17 +95,11 @@ def text_likelihood(model, windows: Tensor, states: States | None = None, writes
 
 
 def unrelated_text(tokenizer, windows: int, length: int) -> Tensor:
-    """`[windows, length]`: of the language reference that comes with Python, a window of a topic."""
-    from pydoc_data.topics import topics
-
-    found: list[Tensor] = []
-    for name in random.Random("unrelated").sample(sorted(topics), len(topics)):
-        ids = tokens_of(tokenizer, topics[name])
-        if len(ids) >= length:
-            found.append(torch.tensor(ids[:length]))
-        if len(found) == windows:
-            return torch.stack(found)
-    raise ValueError(f"Python's reference has {len(found)} topics of {length} tokens, {windows} were asked for")
+    """`[windows, length]`: of the topics of Python's reference that training has not seen, one window after another."""
+    ids = tokens_of(tokenizer, "\n".join(reference("held-out")))
+    if len(ids) < windows * length:
+        raise ValueError(f"the held-out topics have {len(ids)} tokens, wanted {windows} windows of {length}")
+    return torch.tensor(ids[: windows * length]).view(windows, length)
 
 
 @torch.no_grad()

@@ -110,6 +110,10 @@ def write(model, batch: Batch, states: States | None = None, cache: DynamicCache
     return call.states
 
 
+def first(states: States, passages: int) -> States:
+    return {index: state[:passages] for index, state in states.items()}
+
+
 def run_stack(model, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
     """The last hidden states; the head runs only where a token is wanted."""
     held = 0 if cache is None else cache.get_seq_length()
@@ -151,6 +155,18 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
     loss = F.cross_entropy(logits, batch.targets[wanted], reduction="none")
     weight = (1 / wanted.sum(1, keepdim=True)).expand(wanted.shape)[wanted]
     return (loss * weight).sum() / len(batch.owner)
+
+
+def drift(model, windows: Tensor, states: States) -> Tensor:
+    """How far the model's expectations of other text are from the frozen model's: the mean over tokens of the
+    Kullback-Leibler divergence, with a memory that starts from `states`, one for each window, is read and written."""
+    mask, messages = torch.ones_like(windows), torch.zeros_like(windows) if by_message(model) else None
+    head = model.get_output_embeddings()
+    with torch.no_grad(), MemoryCall(model, write=False):  # an empty memory returns zeros
+        frozen = head(run_stack(model, windows, mask)).float().log_softmax(-1)
+    with MemoryCall(model, states, message_ids=messages):
+        ours = head(run_stack(model, windows, mask)).float().log_softmax(-1)
+    return F.kl_div(ours, frozen, log_target=True, reduction="none").sum(-1).mean()
 
 
 @dataclass

@@ -29,12 +29,14 @@ class Settings:
     """the first one that has a memory"""
     tasks: str = "facts"
     """comma-separated, in turn: facts, recall, dialogue"""
-    most: int = 2
+    most: int = 1
     """facts or passwords in a passage: from 1 to so many"""
     words: int = 8
     """that an answer is one of, at most"""
-    steps: int = 200
-    batch: int = 16
+    keep: float = 1.0
+    """weight of the divergence from the frozen model on other text"""
+    steps: int = 150
+    batch: int = 24
     """passages in a step, for each process"""
     accumulate: int = 1
     learning_rate: float = 2e-3

@@ -97,6 +97,14 @@ class World:
         return self.episode(part, names, rng)
 
 
+def reference(part: str) -> list[str]:
+    """Texts about something else: the topics of the language reference that comes with Python."""
+    from pydoc_data.topics import topics
+
+    names = [name for name in sorted(topics) if (share("topic", name) < HELD_OUT_SHARE) == (part != "train")]
+    return [topics[name] for name in names]
+
+
 class Dialogues:
     """Human dialogues of chitchat-dataset: what was said, and the next utterance as the answer."""
 

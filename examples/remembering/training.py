@@ -16,11 +16,12 @@ from deltamem_kernels.integrations.transformers import attach_memory
 
 from .calibration import calibrate
 from .checkpoint import load_checkpoint, save_checkpoint
-from .passes import Batch, answer_loss, ask, collate, score, tokens_of, write
+from .passes import Batch, answer_loss, ask, collate, drift, first, score, tokens_of, write
 from .settings import Settings
-from .tasks import Dialogues, Episode, World
+from .tasks import Dialogues, Episode, World, reference
 
 CALIBRATION = 8  # batches
+WINDOWS, WINDOW, CHARACTERS = 4, 32, 2000  # of other text: windows of so many tokens, among so many characters
 CHECKPOINT = "checkpoint.pt"
 LOSSES = "losses.json"
 
@@ -38,6 +39,7 @@ class Lessons:
         self.settings, self.tokenizer = settings, tokenizer
         self.world = world_of(tokenizer, settings.words)
         self.tasks = settings.tasks.split(",")
+        self.texts = reference("train")
         self.dialogues = Dialogues("train") if "dialogue" in self.tasks else None
 
     def batch(self, step: int, part: int = 0, process: int = 0) -> Batch:
@@ -45,6 +47,17 @@ class Lessons:
         rng = random.Random(f"{self.settings.seed}/{step}/{part}/{process}")
         task = self.tasks[(step + part) % len(self.tasks)]
         return collate(self.tokenizer, [self._episode(task, rng) for _ in range(self.settings.batch)])
+
+    def other_text(self, step: int, part: int = 0, process: int = 0) -> Tensor:
+        """`[windows, WINDOW]`: of Python's reference, a window of a topic."""
+        rng = random.Random(f"text/{self.settings.seed}/{step}/{part}/{process}")
+        found = []
+        while len(found) < min(WINDOWS, self.settings.batch):
+            ids = tokens_of(self.tokenizer, rng.choice(self.texts)[:CHARACTERS])
+            if len(ids) > WINDOW:
+                start = rng.randrange(len(ids) - WINDOW)
+                found.append(ids[start : start + WINDOW])
+        return torch.tensor(found)
 
     def _episode(self, task: str, rng: random.Random) -> Episode:
         if task == "dialogue" and self.dialogues is not None:
@@ -69,6 +82,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         attach_memory(model, settings.memory(model.config.num_hidden_layers))
         self.weights = {name: x for name, x in model.named_parameters() if x.requires_grad}
+        self.device = next(iter(self.weights.values())).device
         self.optimizer = torch.optim.AdamW(
             self.weights.values(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
@@ -98,10 +112,14 @@ class Trainer:
         loss_sum = accuracy_sum = 0.0
         parts = self.settings.accumulate
         for part in range(parts):
-            batch = self.lessons.batch(self.step, part, _process()).to(next(iter(self.weights.values())).device)
-            logits = ask(self.model, batch, write(self.model, batch))
-            loss = answer_loss(logits, batch)
-            (loss / parts).backward()
+            batch = self.lessons.batch(self.step, part, _process()).to(self.device)
+            states = write(self.model, batch)
+            logits = ask(self.model, batch, states)
+            loss = total = answer_loss(logits, batch)
+            if self.settings.keep:
+                windows = self.lessons.other_text(self.step, part, _process()).to(self.device)
+                total = loss + self.settings.keep * drift(self.model, windows, first(states, len(windows)))
+            (total / parts).backward()
             loss_sum += loss.item()
             accuracy_sum += score(logits.detach(), batch).correct.float().mean().item()
         self._average([x.grad for x in self.weights.values() if x.grad is not None])
