@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from remembering.backbone import load_backbone
 from remembering.checkpoint import write_whole
+from remembering.machine import header
 from remembering.plots import plot_losses
 from remembering.settings import STRATEGIES, Settings
 from remembering.training import LOSSES, Trainer
@@ -86,7 +87,7 @@ def main() -> None:
         trainer.run(given.folder, given.save_every, show)
     if first:
         save_adapter(model, given.folder)
-        history = {"settings": settings.to_dict(), "loss": trainer.losses, "accuracy": trainer.accuracies}
+        history = {**header(), "settings": settings.to_dict(), "loss": trainer.losses, "accuracy": trainer.accuracies}
         write_whole(given.folder / LOSSES, (json.dumps(history) + "\n").encode())
         plot_losses(trainer.losses, trainer.accuracies, given.folder / "loss.png")
         print(f"{given.folder}: the adapter, losses.json and loss.png, after {time.perf_counter() - begin:.0f} s")
