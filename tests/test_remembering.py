@@ -122,7 +122,7 @@ def test_dialogues(monkeypatch):
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_a_step_trains_the_memory_alone(folder, strategy):
-    ours = trainer(folder, strategy=strategy, accumulate=2, tasks="facts,recall")
+    ours = trainer(folder, strategy=strategy, accumulate=2, tasks="facts,recall", gap=6)
     before = {name: x.clone() for name, x in ours.model.named_parameters()}
     ours.advance()
     ours.advance()  # in the first step the corrections are zero, and nothing behind them has a gradient
@@ -135,7 +135,7 @@ def test_a_step_trains_the_memory_alone(folder, strategy):
 
 
 def test_killed_and_resumed_is_uninterrupted(folder, tmp_path):
-    whole = trainer(folder, seed=3)
+    whole = trainer(folder, seed=3, gap=6)
     whole.run(tmp_path, save_every=100)
     assert len(whole.losses) == 5
     (tmp_path / "killed").mkdir()
@@ -147,19 +147,19 @@ def test_killed_and_resumed_is_uninterrupted(folder, tmp_path):
         if trainer.step == 3:
             raise Killed
 
-    first = trainer(folder, seed=3)
+    first = trainer(folder, seed=3, gap=6)
     assert not first.resume(tmp_path / "killed")
     with pytest.raises(Killed):
         first.run(tmp_path / "killed", save_every=2, after_step=kill)
     torch.manual_seed(99)  # another process
-    second = trainer(folder, seed=3)
+    second = trainer(folder, seed=3, gap=6)
     assert second.resume(tmp_path / "killed")
     assert second.step == 2
     second.run(tmp_path / "killed", save_every=2)
     assert second.losses == whole.losses
     assert all(torch.equal(x, whole.weights[name]) for name, x in second.weights.items())
     with pytest.raises(ValueError, match=r"of a run with other settings: rank, steps"):
-        trainer(folder, seed=3, steps=9, rank=2).resume(tmp_path)
+        trainer(folder, seed=3, gap=6, steps=9, rank=2).resume(tmp_path)
 
 
 def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):

@@ -110,6 +110,13 @@ def write(model, batch: Batch, states: States | None = None, cache: DynamicCache
     return call.states
 
 
+def go_on(model, ids: Tensor, states: States) -> States:
+    """The states behind other text, `[P, T]`, that is written after them: one message, in a context of its own."""
+    with MemoryCall(model, states, message_ids=torch.zeros_like(ids) if by_message(model) else None) as call:
+        run_stack(model, ids, torch.ones_like(ids))
+    return call.states
+
+
 def first(states: States, passages: int) -> States:
     return {index: state[:passages] for index, state in states.items()}
 

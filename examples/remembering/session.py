@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltamem_kernels.integrations.transformers import MemoryCall
-
-from .passes import Batch, States, ask, by_message, run_stack, score, write
+from .passes import Batch, States, ask, go_on, score, write
 from .statistics import interval
 
 
@@ -31,10 +29,7 @@ def session(model, batch: Batch, text: Tensor, lengths: list[int], rounded: bool
         while written < length:
             places = torch.arange(written, written + window, device=text.device) % len(text)
             ids = text[places].expand(passages, window)
-            messages = torch.zeros_like(ids) if by_message(model) else None
-            with MemoryCall(model, states, message_ids=messages) as call:
-                run_stack(model, ids, torch.ones_like(ids))
-            states = {index: keep(state) for index, state in call.states.items()}
+            states = {index: keep(state) for index, state in go_on(model, ids, states).items()}
             written += window
         found = score(ask(model, batch, states), batch)
         norms = torch.stack([state.flatten(1).norm(dim=1) for state in states.values()])

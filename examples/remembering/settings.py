@@ -31,6 +31,8 @@ class Settings:
     """comma-separated, in turn: facts, recall, dialogue"""
     most: int = 1
     """facts or passwords in a passage: from 1 to so many"""
+    gap: int = 0
+    """tokens of other text, at most, that are written between a passage and its questions"""
     words: int = 8
     """that an answer is one of, at most"""
     keep: float = 1.0

@@ -16,12 +16,14 @@ from deltamem_kernels.integrations.transformers import attach_memory
 
 from .calibration import calibrate
 from .checkpoint import load_checkpoint, save_checkpoint
-from .passes import Batch, answer_loss, ask, collate, drift, first, score, tokens_of, write
+from .passes import Batch, answer_loss, ask, collate, drift, first, go_on, score, tokens_of, write
 from .settings import Settings
 from .tasks import Dialogues, Episode, World, reference
 
 CALIBRATION = 8  # batches
-WINDOWS, WINDOW, CHARACTERS = 4, 32, 2000  # of other text: windows of so many tokens, among so many characters
+WINDOWS, WINDOW = 4, 32  # of other text that is to stay as expected, in a step, and the tokens of each
+LONGEST_GAP = 1024  # tokens, which several topics have
+CHARACTERS = 60  # of a topic, for each token that is wanted of it
 CHECKPOINT = "checkpoint.pt"
 LOSSES = "losses.json"
 
@@ -36,6 +38,8 @@ class Lessons:
     on sees what it would have seen."""
 
     def __init__(self, settings: Settings, tokenizer) -> None:
+        if not 0 <= settings.gap <= LONGEST_GAP:
+            raise ValueError(f"gap must be from 0 to {LONGEST_GAP} tokens, got {settings.gap}")
         self.settings, self.tokenizer = settings, tokenizer
         self.world = world_of(tokenizer, settings.words)
         self.tasks = settings.tasks.split(",")
@@ -48,16 +52,22 @@ class Lessons:
         task = self.tasks[(step + part) % len(self.tasks)]
         return collate(self.tokenizer, [self._episode(task, rng) for _ in range(self.settings.batch)])
 
-    def other_text(self, step: int, part: int = 0, process: int = 0) -> Tensor:
-        """`[windows, WINDOW]`: of Python's reference, a window of a topic."""
-        rng = random.Random(f"text/{self.settings.seed}/{step}/{part}/{process}")
-        found = []
-        while len(found) < min(WINDOWS, self.settings.batch):
-            ids = tokens_of(self.tokenizer, rng.choice(self.texts)[:CHARACTERS])
-            if len(ids) > WINDOW:
-                start = rng.randrange(len(ids) - WINDOW)
-                found.append(ids[start : start + WINDOW])
+    def other_text(self, rows: int, length: int, *seed: int | str) -> Tensor:
+        """`[rows, length]`: of Python's reference, windows of its topics."""
+        rng = random.Random(f"text/{self.settings.seed}/" + "/".join(map(str, seed)))
+        found: list[list[int]] = []
+        while len(found) < rows:
+            ids = tokens_of(self.tokenizer, rng.choice(self.texts)[: CHARACTERS * length])
+            if len(ids) > length:
+                start = rng.randrange(len(ids) - length)
+                found.append(ids[start : start + length])
         return torch.tensor(found)
+
+    def between(self, step: int, part: int = 0, process: int = 0) -> Tensor | None:
+        """What is written between a step's passages and their questions: from 0 to `gap` tokens of other text."""
+        rng = random.Random(f"gap/{self.settings.seed}/{step}/{part}/{process}")
+        length = rng.randint(0, self.settings.gap)
+        return self.other_text(self.settings.batch, length, "gap", step, part, process) if length else None
 
     def _episode(self, task: str, rng: random.Random) -> Episode:
         if task == "dialogue" and self.dialogues is not None:
@@ -114,10 +124,14 @@ class Trainer:
         for part in range(parts):
             batch = self.lessons.batch(self.step, part, _process()).to(self.device)
             states = write(self.model, batch)
+            between = self.lessons.between(self.step, part, _process())
+            if between is not None:
+                states = go_on(self.model, between.to(self.device), states)
             logits = ask(self.model, batch, states)
             loss = total = answer_loss(logits, batch)
             if self.settings.keep:
-                windows = self.lessons.other_text(self.step, part, _process()).to(self.device)
+                rows = min(WINDOWS, self.settings.batch)
+                windows = self.lessons.other_text(rows, WINDOW, self.step, part, _process()).to(self.device)
                 total = loss + self.settings.keep * drift(self.model, windows, first(states, len(windows)))
             (total / parts).backward()
             loss_sum += loss.item()
