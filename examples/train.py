@@ -75,7 +75,7 @@ def main() -> None:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    begin = time.perf_counter()
+    begin, origin = time.perf_counter(), header()
     with Progress(*columns, console=Console(stderr=True), disable=not first) as progress:
         task = progress.add_task("", total=settings.steps, completed=trainer.step)
 
@@ -87,7 +87,7 @@ def main() -> None:
         trainer.run(given.folder, given.save_every, show)
     if first:
         save_adapter(model, given.folder)
-        history = {**header(), "settings": settings.to_dict(), "loss": trainer.losses, "accuracy": trainer.accuracies}
+        history = {**origin, "settings": settings.to_dict(), "loss": trainer.losses, "accuracy": trainer.accuracies}
         write_whole(given.folder / LOSSES, (json.dumps(history) + "\n").encode())
         plot_losses(trainer.losses, trainer.accuracies, given.folder / "loss.png")
         print(f"{given.folder}: the adapter, losses.json and loss.png, after {time.perf_counter() - begin:.0f} s")
