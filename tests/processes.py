@@ -20,7 +20,7 @@ STAND_IN = r"""
 #define JOINED(a, b) a##b
 #define INIT(name) JOINED(PyInit_, name)
 static PyObject* answer(PyObject*, PyObject*) { return PyLong_FromLong(ANSWER); }
-static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {}};
+static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {"fingerprint", answer, METH_NOARGS, ""}, {}};
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "stand_in", "", -1, methods};
 PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)(void) { return PyModule_Create(&module); }
 """

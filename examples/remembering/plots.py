@@ -1,0 +1,63 @@
+"""Plots as PNG files; matplotlib is imported where one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+WINDOW = 20
+
+
+def _axes(columns: int = 1):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(5.5 * columns, 3.6), layout="constrained", squeeze=False)
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    return figure, list(axes[0])
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def smooth(values: Sequence[float], window: int = WINDOW) -> list[float]:
+    """Each value's mean with those before it, `window` of them at most."""
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def plot_losses(losses: Sequence[float], accuracies: Sequence[float], path: Path) -> None:
+    figure, (left, right) = _axes(2)
+    steps = range(1, len(losses) + 1)
+    for axis, values, name in ((left, losses, "loss, nats a token"), (right, accuracies, "right answers")):
+        axis.plot(steps, values, alpha=0.3, linewidth=0.8)
+        axis.plot(steps, smooth(values), color="C0")
+        axis.set(xlabel="step", ylabel=name)
+    right.set_ylim(0, 1)
+    _save(figure, path)
+
+
+def plot_session(rows: Sequence[dict], path: Path) -> None:
+    """Recall, the answer's likelihood and the state's norm against the tokens written since, a line for each dtype."""
+    figure, axes = _axes(3)
+    for dtype in dict.fromkeys(row["state"] for row in rows):
+        mine = [row for row in rows if row["state"] == dtype]
+        tokens = [max(row["tokens"], 1) for row in mine]
+        for axis, name, label in (
+            (axes[0], "accuracy", "right answers"),
+            (axes[1], "log_likelihood", "answer's log-likelihood, nats"),
+            (axes[2], "norm", "norm of the states, mean over layers"),
+        ):
+            value = [row[name]["mean"] if isinstance(row[name], dict) else row[name] for row in mine]
+            axis.plot(tokens, value, marker="o", markersize=3, label=f"{dtype} state")
+            axis.set(xscale="log", xlabel="tokens written since (1: none)", ylabel=label)
+            if isinstance(mine[0][name], dict):
+                axis.fill_between(tokens, *([row[name][end] for row in mine] for end in ("low", "high")), alpha=0.15)
+    axes[0].legend()
+    _save(figure, path)

@@ -1,0 +1,45 @@
+"""Recall after a long session: a passage, then many tokens of other text, then the question, from the states alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .passes import Batch, States, ask, go_on, score, write
+from .statistics import interval
+
+
+@torch.no_grad()
+def session(model, batch: Batch, text: Tensor, lengths: list[int], rounded: bool, window: int) -> list[dict[str, Any]]:
+    """For each length: accuracy, log-likelihood, and the mean norm of a layer's state.
+
+    Args:
+        batch: passages and their questions.
+        text: `[tokens]`, what is written behind the passages; begun again where it ends.
+        lengths: tokens written since the passage, ascending, multiples of `window`.
+        rounded: the states are kept in bfloat16 from call to call.
+        window: tokens in a call. Each call sees its own tokens and the states, nothing else.
+    """
+    keep = (lambda state: state.bfloat16().float()) if rounded else (lambda state: state)
+    states: States = {index: keep(state) for index, state in write(model, batch).items()}
+    rows, written, passages = [], 0, len(batch.passage)
+    for length in lengths:
+        while written < length:
+            places = torch.arange(written, written + window, device=text.device) % len(text)
+            ids = text[places].expand(passages, window)
+            states = {index: keep(state) for index, state in go_on(model, ids, states).items()}
+            written += window
+        found = score(ask(model, batch, states), batch)
+        norms = torch.stack([state.flatten(1).norm(dim=1) for state in states.values()])
+        rows.append(
+            {
+                "tokens": length,
+                "state": "bfloat16" if rounded else "float32",
+                "accuracy": interval(found.correct, batch.owner.cpu()),
+                "log_likelihood": interval(found.log_likelihood, batch.owner.cpu()),
+                "norm": norms.mean().item(),
+            }
+        )
+    return rows

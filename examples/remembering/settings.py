@@ -1,0 +1,63 @@
+"""What a training run is: model, memory, data, optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deltamem_kernels.nn import DeltaMemConfig
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "tsw": {},
+    "ssw": {"memory_write_granularity": "message_mean"},
+    "msw": {"num_state_heads": 4},
+}
+"""Each token writes; the mean of each message; four states side by side."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are those of `train.py`."""
+
+    model: str = "smollm2"
+    strategy: str = "tsw"
+    rank: int = 8
+    alpha: float = 16.0
+    heads: str = "qo"
+    """the projections that are corrected"""
+    first_layer: int = 0
+    """the first one that has a memory"""
+    tasks: str = "facts"
+    """comma-separated, in turn: facts, recall, dialogue"""
+    most: int = 1
+    """facts or passwords in a passage: from 1 to so many"""
+    gap: int = 0
+    """tokens of other text, at most, that are written between a passage and its questions"""
+    words: int = 8
+    """that an answer is one of, at most"""
+    keep: float = 1.0
+    """weight of the divergence from the frozen model on other text"""
+    steps: int = 150
+    batch: int = 24
+    """passages in a step, for each process"""
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    warmup: int = 20
+    clip: float = 1.0
+    calibrate: int = 1
+    """0: v starts from the package's random weights"""
+    seed: int = 0
+    dtype: str = "bfloat16"
+    """of the frozen model; the memory is float32"""
+
+    def memory(self, layers: int) -> DeltaMemConfig:
+        return DeltaMemConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            delta_heads=tuple(self.heads),
+            target_layers=tuple(range(self.first_layer, layers)) if self.first_layer else (),
+            **STRATEGIES[self.strategy],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,196 @@
+"""Training a memory on a frozen model: a passage is written, its questions are answered from the states alone."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deltamem_kernels.integrations.transformers import attach_memory
+
+from .calibration import calibrate
+from .checkpoint import load_checkpoint, save_checkpoint
+from .passes import Batch, answer_loss, ask, collate, drift, first, go_on, score, tokens_of, write
+from .settings import Settings
+from .tasks import Dialogues, Episode, World, reference
+
+CALIBRATION = 8  # batches
+WINDOWS, WINDOW = 4, 32  # of other text that is to stay as expected, in a step, and the tokens of each
+LONGEST_GAP = 1024  # tokens, which several topics have
+CHARACTERS = 60  # of a topic, for each token that is wanted of it
+CHECKPOINT = "checkpoint.pt"
+LOSSES = "losses.json"
+
+
+def world_of(tokenizer, words: int) -> World:
+    """The facts whose answers this tokenizer has as one token, of so many words for each relation."""
+    return World(lambda word: len(tokens_of(tokenizer, f" {word}")) == 1, words)
+
+
+class Lessons:
+    """The training data: a step's batch follows from the seed, the step and the process alone, so that a run that goes
+    on sees what it would have seen."""
+
+    def __init__(self, settings: Settings, tokenizer) -> None:
+        if not 0 <= settings.gap <= LONGEST_GAP:
+            raise ValueError(f"gap must be from 0 to {LONGEST_GAP} tokens, got {settings.gap}")
+        self.settings, self.tokenizer = settings, tokenizer
+        self.world = world_of(tokenizer, settings.words)
+        self.tasks = settings.tasks.split(",")
+        self.texts = reference("train")
+        self.dialogues = Dialogues("train") if "dialogue" in self.tasks else None
+
+    def batch(self, step: int, part: int = 0, process: int = 0) -> Batch:
+        """Batch `part` of those accumulated in a step. All its passages are of one task."""
+        rng = random.Random(f"{self.settings.seed}/{step}/{part}/{process}")
+        task = self.tasks[(step + part) % len(self.tasks)]
+        return collate(self.tokenizer, [self._episode(task, rng) for _ in range(self.settings.batch)])
+
+    def other_text(self, rows: int, length: int, *seed: int | str) -> Tensor:
+        """`[rows, length]`: of Python's reference, windows of its topics."""
+        rng = random.Random(f"text/{self.settings.seed}/" + "/".join(map(str, seed)))
+        found: list[list[int]] = []
+        while len(found) < rows:
+            ids = tokens_of(self.tokenizer, rng.choice(self.texts)[: CHARACTERS * length])
+            if len(ids) > length:
+                start = rng.randrange(len(ids) - length)
+                found.append(ids[start : start + length])
+        return torch.tensor(found)
+
+    def between(self, step: int, part: int = 0, process: int = 0) -> Tensor | None:
+        """What is written between a step's passages and their questions: from 0 to `gap` tokens of other text."""
+        rng = random.Random(f"gap/{self.settings.seed}/{step}/{part}/{process}")
+        length = rng.randint(0, self.settings.gap)
+        return self.other_text(self.settings.batch, length, "gap", step, part, process) if length else None
+
+    def _episode(self, task: str, rng: random.Random) -> Episode:
+        if task == "dialogue" and self.dialogues is not None:
+            return self.dialogues.episode(rng)
+        return self.world.episode_of(task, "train", rng.randint(1, self.settings.most), rng)
+
+
+class Trainer:
+    """AdamW over the memory's weights, with a warm-up and a cosine; the model stays frozen.
+
+    With torch.distributed initialised, each process takes batches of its own and the gradients are averaged: the
+    weights to train are few, and the frozen ones need no wrapper.
+
+    Attributes:
+        step: steps done.
+        losses, accuracies: of each step done, in this process.
+    """
+
+    def __init__(self, model, tokenizer, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.lessons = Lessons(settings, tokenizer)
+        torch.manual_seed(settings.seed)
+        attach_memory(model, settings.memory(model.config.num_hidden_layers))
+        self.weights = {name: x for name, x in model.named_parameters() if x.requires_grad}
+        self.device = next(iter(self.weights.values())).device
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        self.step = 0
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+
+    def calibrate(self) -> None:
+        """Where the memory starts; the same in every process."""
+        device = next(iter(self.weights.values())).device
+        calibrate(
+            self.model, (self.lessons.batch(-1 - part).to(device) for part in range(CALIBRATION)), self.settings.seed
+        )
+        if dist.is_initialized():
+            for weight in self.weights.values():
+                dist.broadcast(weight.detach(), 0)
+
+    def learning_rate(self, step: int) -> float:
+        settings = self.settings
+        warm = min(1.0, (step + 1) / max(settings.warmup, 1))
+        return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+    def advance(self) -> None:
+        """One step of the optimiser."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        loss_sum = accuracy_sum = 0.0
+        parts = self.settings.accumulate
+        for part in range(parts):
+            batch = self.lessons.batch(self.step, part, _process()).to(self.device)
+            states = write(self.model, batch)
+            between = self.lessons.between(self.step, part, _process())
+            if between is not None:
+                states = go_on(self.model, between.to(self.device), states)
+            logits = ask(self.model, batch, states)
+            loss = total = answer_loss(logits, batch)
+            if self.settings.keep:
+                rows = min(WINDOWS, self.settings.batch)
+                windows = self.lessons.other_text(rows, WINDOW, self.step, part, _process()).to(self.device)
+                total = loss + self.settings.keep * drift(self.model, windows, first(states, len(windows)))
+            (total / parts).backward()
+            loss_sum += loss.item()
+            accuracy_sum += score(logits.detach(), batch).correct.float().mean().item()
+        self._average([x.grad for x in self.weights.values() if x.grad is not None])
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.losses.append(loss_sum / parts)
+        self.accuracies.append(accuracy_sum / parts)
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        if dist.is_initialized():
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+                gradient /= dist.get_world_size()
+
+    def save(self, folder: Path) -> None:
+        save_checkpoint(
+            folder / CHECKPOINT,
+            settings=self.settings.to_dict(),
+            step=self.step,
+            losses=self.losses,
+            accuracies=self.accuracies,
+            weights={name: x.detach().cpu() for name, x in self.weights.items()},
+            optimizer=self.optimizer.state_dict(),
+        )
+
+    def resume(self, folder: Path) -> bool:
+        """Goes on from the checkpoint in the folder, if there is one.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        if not (folder / CHECKPOINT).exists():
+            return False
+        saved: dict[str, Any] = load_checkpoint(folder / CHECKPOINT)
+        mine = self.settings.to_dict()
+        if saved["settings"] != mine:
+            different = sorted(key for key in mine if saved["settings"].get(key) != mine[key])
+            raise ValueError(f"{folder / CHECKPOINT} is of a run with other settings: {', '.join(different)}")
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(saved["weights"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.losses, self.accuracies = saved["step"], saved["losses"], saved["accuracies"]
+        return True
+
+    def run(self, folder: Path, save_every: int, after_step: Callable[[Trainer], None] = lambda trainer: None) -> None:
+        """To the last step, with a checkpoint every so many of them, and one at the end."""
+        if self.step == 0 and self.settings.calibrate:
+            self.calibrate()
+        while self.step < self.settings.steps:
+            self.advance()
+            if _process() == 0 and (self.step % save_every == 0 or self.step == self.settings.steps):
+                self.save(folder)
+            after_step(self)
+
+
+def _process() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

@@ -1,0 +1,65 @@
+"""How long a memory lasts: recall against the tokens written since, as a plot and as JSON.
+
+python examples/session.py memory --json session.json --plot session.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from remembering.backbone import load_backbone
+from remembering.checkpoint import write_whole
+from remembering.evaluation import episodes
+from remembering.machine import header
+from remembering.passes import collate, tokens_of
+from remembering.plots import plot_session
+from remembering.report import share
+from remembering.session import session
+from remembering.tasks import reference
+from remembering.training import LOSSES, world_of
+
+from deltamem_kernels.integrations.transformers import load_adapter
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of train.py")
+    parser.add_argument("--passages", type=int, default=32)
+    parser.add_argument("--window", type=int, default=64, help="tokens in a call")
+    parser.add_argument("--longest", type=int, default=4096, help="tokens")
+    parser.add_argument("--state", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
+    settings = json.loads((given.folder / LOSSES).read_text())["settings"]
+    model, tokenizer = load_backbone(settings["model"], getattr(torch, settings["dtype"]), given.device)
+    load_adapter(model, given.folder)
+    some = episodes(world_of(tokenizer, settings["words"]), "facts", "held-out", 1, given.passages, seed=2)
+    batch = collate(tokenizer, some).to(given.device)
+    text = torch.tensor(tokens_of(tokenizer, "\n".join(reference("held-out")))[: given.longest])
+    longest = max(given.longest // given.window, 1) * given.window
+    lengths = [0, given.window]
+    while lengths[-1] < longest:
+        lengths.append(min(lengths[-1] * 2, longest))
+    rows = []
+    for state in given.state:
+        rows += session(model, batch, text.to(given.device), lengths, state == "bfloat16", given.window)
+        for row in rows[-len(lengths) :]:
+            print(f"{state:9} {row['tokens']:7,} tokens since: {share(row['accuracy'])}, norm {row['norm']:.3f}")
+    if given.json:
+        results = {**header(), "folder": given.folder.name, "settings": settings, "rows": rows}
+        write_whole(given.json, (json.dumps(results, indent=1) + "\n").encode())
+    if given.plot:
+        plot_session(rows, given.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""The examples that train and evaluate a memory, on a tiny random model with a tokenizer of whole words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from models import backbone
+from remembering import tasks, words
+from remembering.backbone import load_backbone
+from remembering.checkpoint import write_whole
+from remembering.evaluation import FROZEN, MEMORY, answers, episodes
+from remembering.passes import ask, collate, drift, first, score, write
+from remembering.session import session
+from remembering.settings import STRATEGIES, Settings
+from remembering.statistics import apart, interval
+from remembering.training import CALIBRATION, LOSSES, Trainer, world_of
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+
+from deltamem_kernels.integrations.transformers import load_adapter, memory_layers
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+MARKUP = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def every_text() -> list[str]:
+    relations = [*words.RELATIONS.values(), words.PASSWORDS]
+    asked = [text for r in relations for part in (r.train, r.held_out) for pair in part.ask for text in pair]
+    told = [text for r in relations for part in (r.train, r.held_out) for text in part.tell]
+    values = [value for r in relations for value in r.values]
+    return [*asked, *told, *values, *words.PEOPLE, *words.THINGS, "user assistant"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A model and its tokenizer on disk."""
+    folder = tmp_path_factory.mktemp("backbone")
+    found = sorted({word for text in every_text() for word in re.findall(r"\w+|[^\w\s]", text)})
+    vocabulary = {word: index for index, word in enumerate([*MARKUP, *found])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "additional_special_tokens": MARKUP[2:]}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    backbone(vocab_size=len(vocabulary)).save_pretrained(folder)
+    return folder
+
+
+def settings(folder: Path, **fields) -> Settings:
+    given = {"steps": 5, "batch": 3, "warmup": 2, "dtype": "float32", "rank": 4, "learning_rate": 1e-2, "alpha": 16.0}
+    return Settings(model=str(folder), **{**given, **fields})
+
+
+def trainer(folder: Path, **fields) -> Trainer:
+    return Trainer(*load_backbone(str(folder)), settings(folder, **fields))
+
+
+def test_train_and_held_out_share_no_fact_and_no_template():
+    world = tasks.World(lambda word: word != "Paris")
+    parts = {part: {fact for facts in of.values() for fact in facts} for part, of in world.facts.items()}
+    assert min(map(len, parts.values())) > 100
+    assert not any(parts[a] & parts[b] for a, b in (("train", "held-out"), ("train", "new"), ("held-out", "new")))
+    told = {(fact.relation, fact.value) for fact in parts["train"]}
+    assert not any((fact.relation, fact.value) in told for fact in parts["new"])
+    assert all((fact.relation, fact.value) in told for fact in parts["held-out"])
+    assert not any(fact.value == "Paris" for facts in parts.values() for fact in facts)
+    for relation in world.relations.values():
+        assert not set(relation.train.tell) & set(relation.held_out.tell)
+        assert not {text for text, _ in relation.train.ask} & {text for text, _ in relation.held_out.ask}
+        assert not {lead for _, lead in relation.train.ask} & {lead for _, lead in relation.held_out.ask}
+    rng = random.Random(torch.initial_seed())
+    seen: dict[str, set] = {}
+    for part in parts:
+        for task, count in (("facts", 3), ("recall", 4), ("recall", 32)):
+            episode = world.episode_of(task, part, count, rng)
+            assert len(episode.messages) == len(episode.questions) == count
+            for message, question in zip(episode.messages, episode.questions, strict=True):
+                assert question.answer in message
+                assert question.answer in question.choices
+                assert question.answer not in question.text + question.lead
+            assert len({question.text for question in episode.questions}) == count  # which one is meant is clear
+            seen.setdefault(part, set()).update(episode.messages)
+    assert not seen["train"] & (seen["held-out"] | seen["new"])
+    again = tasks.World(lambda word: word != "Paris")
+    assert again.facts == world.facts
+    with pytest.raises(ValueError, match="task must be facts, recall or dialogue, got 'poems'"):
+        world.episode_of("poems", "train", 1, rng)
+
+
+def test_dialogues(monkeypatch):
+    """Each is of one part, and the answer is what was said next."""
+    spoken = [[f"dialogue {i} says {j}" for j in range(9)] for i in range(40)]
+    module = types.SimpleNamespace(ConversationDataset=lambda: (iter(dialogue) for dialogue in spoken))
+    monkeypatch.setitem(sys.modules, "chitchat_dataset", module)
+    parts = {part: tasks.Dialogues(part) for part in ("train", "held-out")}
+    assert sorted(x for part in parts.values() for x in part.dialogues) == sorted(spoken)
+    assert all(part.dialogues for part in parts.values())
+    episode = parts["train"].episode(random.Random(0))
+    (question,) = episode.questions
+    texts = [*episode.messages, question.text, question.answer]
+    first = int(texts[0].split()[-1])
+    assert [int(text.split()[-1]) for text in texts] == list(range(first, first + 7))
+    assert len({text.split()[1] for text in texts}) == 1
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_a_step_trains_the_memory_alone(folder, strategy):
+    ours = trainer(folder, strategy=strategy, accumulate=2, tasks="facts,recall", gap=6)
+    before = {name: x.clone() for name, x in ours.model.named_parameters()}
+    ours.advance()
+    ours.advance()  # in the first step the corrections are zero, and nothing behind them has a gradient
+    after = dict(ours.model.named_parameters())
+    changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert changed == set(ours.weights)
+    assert all(torch.isfinite(torch.tensor(ours.losses)))
+    state = write(ours.model, ours.lessons.batch(7))[0]
+    assert state.shape[1] == (4 if strategy == "msw" else 1)
+
+
+def test_killed_and_resumed_is_uninterrupted(folder, tmp_path):
+    whole = trainer(folder, seed=3, gap=6)
+    whole.run(tmp_path, save_every=100)
+    assert len(whole.losses) == 5
+    (tmp_path / "killed").mkdir()
+
+    class Killed(BaseException):
+        pass
+
+    def kill(trainer: Trainer) -> None:
+        if trainer.step == 3:
+            raise Killed
+
+    first = trainer(folder, seed=3, gap=6)
+    assert not first.resume(tmp_path / "killed")
+    with pytest.raises(Killed):
+        first.run(tmp_path / "killed", save_every=2, after_step=kill)
+    torch.manual_seed(99)  # another process
+    second = trainer(folder, seed=3, gap=6)
+    assert second.resume(tmp_path / "killed")
+    assert second.step == 2
+    second.run(tmp_path / "killed", save_every=2)
+    assert second.losses == whole.losses
+    assert all(torch.equal(x, whole.weights[name]) for name, x in second.weights.items())
+    with pytest.raises(ValueError, match=r"of a run with other settings: rank, steps"):
+        trainer(folder, seed=3, gap=6, steps=9, rank=2).resume(tmp_path)
+
+
+def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", b"old")
+    monkeypatch.setattr("os.fsync", lambda file: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_whole(tmp_path / "file", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_batches_and_contexts_change_no_answer(folder):
+    """Padding, and the neighbours of a passage; and keys and values kept give what one sequence gives."""
+    ours = trainer(folder, most=3)
+    with torch.no_grad():
+        for weight in ours.weights.values():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    rng = random.Random(torch.initial_seed())
+    some = [ours.lessons.world.episode_of("facts", "train", count, rng) for count in (3, 1, 2)]
+    tokenizer = ours.lessons.tokenizer
+    with torch.no_grad():
+        batch = collate(tokenizer, some)
+        together = score(ask(ours.model, batch, write(ours.model, batch)), batch)
+        alone = [collate(tokenizer, [episode]) for episode in some]
+        apart = [score(ask(ours.model, one, write(ours.model, one)), one) for one in alone]
+        expected = torch.cat([x.log_likelihood for x in apart])
+        torch.testing.assert_close(together.log_likelihood, expected, atol=1e-4, rtol=0)
+        assert not torch.allclose(score(ask(ours.model, batch), batch).log_likelihood, expected, atol=1e-3, rtol=0)
+        cache = DynamicCache(config=ours.model.config)
+        write(ours.model, batch, cache=cache)
+        kept = score(ask(ours.model, batch, cache=cache), batch).log_likelihood
+        row = 0
+        for episode, one in zip(some, alone, strict=True):
+            states = write(ours.model, one)
+            for question in range(len(episode.questions)):
+                length = int(one.mask[question].sum())
+                ids = torch.cat([one.passage[0], one.ids[question, :length]])[None]
+                mine = DynamicCache(config=ours.model.config)
+                write(ours.model, one, cache=mine)
+                step = dataclasses.replace(
+                    one,
+                    owner=torch.tensor([0]),
+                    ids=ids[:, one.passage.shape[1] :],
+                    mask=torch.ones(1, length, dtype=torch.long),
+                    targets=one.targets[question : question + 1, :length],
+                    choices=one.choices[question : question + 1],
+                )
+                got = score(ask(ours.model, step, states, mine), step).log_likelihood
+                torch.testing.assert_close(kept[row : row + 1], got, atol=1e-4, rtol=0)
+                row += 1
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_values_start_with_what_passages_differ_in(folder, strategy):
+    ours = trainer(folder, strategy=strategy, batch=16)
+    ours.calibrate()
+    memory = ours.model.model.layers[1].self_attn.delta_memory
+    seen: list[torch.Tensor] = []
+    project = memory._project
+    memory._project = lambda x: seen.append(x) or project(x)
+    written = []
+    with torch.no_grad():
+        for part in range(CALIBRATION):
+            batch = ours.lessons.batch(-1 - part)
+            write(ours.model, batch)
+            everything = torch.ones(seen[-1].shape[:2], dtype=torch.bool)  # SSW: the last projected are the means
+            written.append(seen[-1][everything if strategy == "ssw" else batch.passage_mask.bool()])
+        values = torch.cat(written) @ memory.memory_v_proj.T
+    assert values.mean(0).abs().max() < 1e-3  # by construction, over these passages
+    assert 0.3 < values.std() < 3
+    again = trainer(folder, strategy=strategy, batch=16)
+    again.calibrate()
+    assert all(torch.equal(x, again.weights[name]) for name, x in ours.weights.items())
+
+
+def test_a_session(folder):
+    """Calls of a few tokens in turn; a state in bfloat16 between them is rounded, and no other."""
+    ours = trainer(folder)
+    ours.calibrate()
+    with torch.no_grad():
+        for name, weight in ours.weights.items():
+            if ".delta_" in name:
+                weight.normal_()
+    batch = ours.lessons.batch(0)
+    text = torch.randint(4, 200, (7,))
+    exact = session(ours.model, batch, text, [0, 4, 12], rounded=False, window=4)
+    assert [row["tokens"] for row in exact] == [0, 4, 12]
+    start = score(ask(ours.model, batch, write(ours.model, batch)).detach(), batch).log_likelihood
+    assert exact[0]["log_likelihood"]["mean"] == pytest.approx(start.mean().item(), rel=1e-6)
+    rounded = session(ours.model, batch, text, [0, 4, 12], rounded=True, window=4)
+    for a, b in zip(exact, rounded, strict=True):
+        assert a["norm"] == pytest.approx(b["norm"], rel=0.05)
+        assert a["norm"] != b["norm"]
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_what_a_memory_changes_of_other_text(folder, strategy):
+    ours = trainer(folder, strategy=strategy)
+    windows = torch.randint(4, 200, (2, 9))
+    states = write(ours.model, ours.lessons.batch(0))
+    assert drift(ours.model, windows, first(states, 2)).abs() < 1e-5  # the corrections are zero
+    with torch.no_grad():
+        for name, weight in ours.weights.items():
+            if ".delta_" in name:
+                weight.normal_(std=5)
+    states = write(ours.model, ours.lessons.batch(0))
+    changed = drift(ours.model, windows, first(states, 2))
+    changed.backward()
+    assert changed > 1e-3
+    assert all(weight.grad.abs().sum() > 0 for name, weight in ours.weights.items() if "delta_o_proj" in name)
+
+
+def test_intervals():
+    values = (torch.arange(200) % 4 == 0).float()
+    found = interval(values, torch.arange(200))
+    assert found["mean"] == 0.25
+    assert 0.17 < found["low"] < 0.22 < 0.28 < found["high"] < 0.33  # 0.25 ± 1.96 · 0.0306
+    clustered = interval(values, torch.arange(200) % 4)  # whole passages right or wrong
+    assert clustered["high"] - clustered["low"] > 2 * (found["high"] - found["low"])
+    assert apart({"low": 0.5, "high": 0.6}, {"low": 0.1, "high": 0.4})
+    assert not apart({"low": 0.5, "high": 0.6}, {"low": 0.1, "high": 0.5})
+
+
+def test_train_then_evaluate_in_new_processes(folder, tmp_path):
+    """The commands; and what a new process loads gives the table that a load in this one gives."""
+    run, results = tmp_path / "run", tmp_path / "results.json"
+    train = ["train.py", run, "--model", folder, "--steps", "3", "--batch", "2", "--dtype", "float32"]
+    small = ["--passages", "5", "--facts", "1", "--recall", "2", "--dialogues", "0", "--windows", "2", "--window", "24"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    for command in (train, ["evaluate.py", run, *small, "--json", results]):
+        command = [sys.executable, str(EXAMPLES / command[0]), *map(str, command[1:])]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+    assert {"checkpoint.pt", LOSSES, "loss.png"} <= {path.name for path in run.iterdir()}
+    table = json.loads(results.read_text())
+    (memory,) = table["memories"]
+    model, tokenizer = load_backbone(str(folder))
+    name, (task, part, count) = "passwords, 2 in a passage", ("recall", "held-out", 2)
+    some = episodes(world_of(tokenizer, 8), task, part, count, 5)
+    assert table["frozen"][name] == answers(model, tokenizer, some, FROZEN, "cpu")
+    load_adapter(model, run)
+    assert memory["answers"][name] == answers(model, tokenizer, some, MEMORY, "cpu")
+    assert len(memory_layers(model)) == 2
+    assert memory["answers"][name]["memory, state only"] != memory["answers"][name]["memory, another passage's state"]
+    assert set(memory["price"]) == {
+        "frozen",
+        "empty, written and read",
+        "a passage's state, read only",
+        "a passage's state, written and read",
+    }
+    assert "| run: state only |" in ran.stdout
+    AutoModelForCausalLM.from_pretrained(folder)  # untouched by all that
