@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded: several test processes share the cores
+
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

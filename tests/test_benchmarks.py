@@ -45,7 +45,7 @@ def forward_with(*implementations: Implementation) -> list[Operation]:
 
 
 def test_end_to_end(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    status, result = run("--threads", "2")
+    status, result = run()
     assert status == 0
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
     ran = {(row["operation"], row["implementation"]): row for row in result["rows"] if row["status"] == "ok"}

@@ -298,9 +298,9 @@ def test_train_then_evaluate_in_new_processes(folder, tmp_path):
     model, tokenizer = load_backbone(str(folder))
     name, (task, part, count) = "passwords, 2 in a passage", ("recall", "held-out", 2)
     some = episodes(world_of(tokenizer, 8), task, part, count, 5)
-    assert table["frozen"][name] == answers(model, tokenizer, some, FROZEN, "cpu")
+    assert flat(table["frozen"][name]) == near(answers(model, tokenizer, some, FROZEN, "cpu"))
     load_adapter(model, run)
-    assert memory["answers"][name] == answers(model, tokenizer, some, MEMORY, "cpu")
+    assert flat(memory["answers"][name]) == near(answers(model, tokenizer, some, MEMORY, "cpu"))
     assert len(memory_layers(model)) == 2
     assert memory["answers"][name]["memory, state only"] != memory["answers"][name]["memory, another passage's state"]
     assert set(memory["price"]) == {
@@ -311,3 +311,17 @@ def test_train_then_evaluate_in_new_processes(folder, tmp_path):
     }
     assert "| run: state only |" in ran.stdout
     AutoModelForCausalLM.from_pretrained(folder)  # untouched by all that
+
+
+def near(table: dict) -> object:
+    """To the rounding of a sum: processes differ in how many threads share one."""
+    return pytest.approx(flat(table), rel=1e-5)
+
+
+def flat(table: dict) -> dict[tuple[str, ...], float]:
+    return {
+        (row, measure, what): x
+        for row, measures in table.items()
+        for measure, interval in measures.items()
+        for what, x in interval.items()
+    }
