@@ -174,6 +174,34 @@ def check_16_bit(problem: Correction, implementation) -> None:
     assert off <= torch.finfo(ours["d_scale"].dtype).eps * scale_of_d_scale(problem, exact)
 
 
+def check_rows_are_alone(problem: Correction, implementation) -> None:
+    """Each token of one sequence alone has the bits that it has among others, in value and in its gradients."""
+    cotangent, by_token = cotangent_for(problem), ("base", "reads")
+    together = problem.forward_backward(implementation.backend, cotangent, by_token)
+    T = cotangent.shape[1]
+    for t in (0, 1, T // 2, T - 1):
+        at = slice(t, t + 1)
+        operands = {n: x[:, at] if n in by_token else x for n, x in problem.operands.items()}
+        options = {n: x[:, at] if n in ("cos", "sin") else x for n, x in problem.options.items()}
+        alone = Correction(problem.function, operands, options)
+        for name, x in alone.forward_backward(implementation.backend, cotangent[:, at], by_token).items():
+            assert torch.equal(x, together[name][:, at]), name
+
+
+def check_bits_of_every_run(problem: Correction, implementation) -> None:
+    """On any number of threads."""
+    cotangent = cotangent_for(problem)
+    first = problem.forward_backward(implementation.backend, cotangent)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1,) if implementation.slow else (1, 2, 3):
+            torch.set_num_threads(n)
+            again = problem.forward_backward(implementation.backend, cotangent)
+            assert all(torch.equal(again[name], x) for name, x in first.items()), n
+    finally:
+        torch.set_num_threads(threads)
+
+
 def kept_for_backward(problem: Correction, backend: str, wanted: tuple[str, ...]) -> list[Tensor]:
     """Tensors that a call keeps and that are not its operands'."""
     leaves = {n: x.detach().requires_grad_(n in wanted) for n, x in problem.operands.items()}

@@ -10,6 +10,8 @@ from correction_problems import (
     as_a_layer_would,
     check,
     check_16_bit,
+    check_bits_of_every_run,
+    check_rows_are_alone,
     cotangent_for,
     kept_for_backward,
     make,
@@ -251,34 +253,15 @@ def test_slices_of_the_same_rows_are_apart(implementation):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_do_not_depend_on_each_other(implementation, form, dtype):
-    """Each token alone has the bits that it has among others, in value and in the gradient of its reads."""
     T = 7 if implementation.slow else 133
     problem = make(B=1, T=T, D=130, dtype=dtype, scale=0.7, device=implementation.device, **FORMS[form])
-    cotangent = cotangent_for(problem)
-    wanted = ("base", "reads")
-    together = problem.forward_backward(implementation.backend, cotangent, wanted)
-    for t in (0, 1, T // 2, T - 1):
-        part = {n: x[:, t : t + 1] if n in wanted else x for n, x in problem.operands.items()}
-        alone = Correction(problem.function, part, problem.options)
-        alone = alone.forward_backward(implementation.backend, cotangent[:, t : t + 1], wanted)
-        for name, x in alone.items():
-            assert torch.equal(x, together[name][:, t : t + 1]), name
+    check_rows_are_alone(problem, implementation)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_run_has_the_same_bits(implementation, form):
     T = 6 if implementation.slow else 700
-    problem = make(T=T, D=100, device=implementation.device, **FORMS[form])
-    cotangent = cotangent_for(problem)
-    first = problem.forward_backward(implementation.backend, cotangent)
-    threads = torch.get_num_threads()
-    try:
-        for n in (1,) if implementation.slow else (1, 2, 3):
-            torch.set_num_threads(n)
-            again = problem.forward_backward(implementation.backend, cotangent)
-            assert all(torch.equal(again[name], x) for name, x in first.items()), n
-    finally:
-        torch.set_num_threads(threads)
+    check_bits_of_every_run(make(T=T, D=100, device=implementation.device, **FORMS[form]), implementation)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -13,6 +13,8 @@ from correction_problems import (
     as_a_layer_would,
     check,
     check_16_bit,
+    check_bits_of_every_run,
+    check_rows_are_alone,
     cotangent_for,
     kept_for_backward,
     make,
@@ -193,32 +195,14 @@ def test_gradients_through_out(implementation, form, in_place):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_do_not_depend_on_each_other(implementation, form):
-    T = 7 if implementation.slow else 67
-    problem = problem_of(form, implementation, B=1, T=T, scale=0.7)
-    cotangent, by_token = cotangent_for(problem), ("base", "reads")
-    together = problem.forward_backward(implementation.backend, cotangent, by_token)
-    for t in (0, 1, T - 1):
-        at = slice(t, t + 1)
-        operands = {n: x[:, at] if n in by_token else x for n, x in problem.operands.items()}
-        options = {n: x[:, at] if n in ("cos", "sin") else x for n, x in problem.options.items()}
-        alone = Correction(problem.function, operands, options)
-        for name, x in alone.forward_backward(implementation.backend, cotangent[:, at], by_token).items():
-            assert torch.equal(x, together[name][:, at]), name
+    check_rows_are_alone(
+        problem_of(form, implementation, B=1, T=7 if implementation.slow else 67, scale=0.7), implementation
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_run_has_the_same_bits(implementation, form):
-    problem = problem_of(form, implementation, T=6 if implementation.slow else 700)
-    cotangent = cotangent_for(problem)
-    first = problem.forward_backward(implementation.backend, cotangent)
-    threads = torch.get_num_threads()
-    try:
-        for n in (1,) if implementation.slow else (1, 2, 3):
-            torch.set_num_threads(n)
-            again = problem.forward_backward(implementation.backend, cotangent)
-            assert all(torch.equal(again[name], x) for name, x in first.items()), n
-    finally:
-        torch.set_num_threads(threads)
+    check_bits_of_every_run(problem_of(form, implementation, T=6 if implementation.slow else 700), implementation)
 
 
 @pytest.mark.parametrize("form", FORMS)
