@@ -81,6 +81,7 @@ OF_A_VECTOR = ("width", "length", "gate", "dtype", "16_bit", "head", "rank", "na
 SHARING = ("test_triton_compile.py", "test_cuda.py", "test_first_use.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share what takes minutes to make: one process runs them (pytest-xdist), and begins with them."""
     for item in items:

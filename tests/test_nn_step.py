@@ -162,7 +162,7 @@ def test_gradients_reach_each_weight_after_a_step():
     ("change", "message"),
     [
         ({"x": torch.zeros(2, HIDDEN + 1)}, "qkv_weight must be"),
-        ({"x": torch.zeros(2, 1, HIDDEN)}, "x must be"),
+        ({"x": torch.zeros(2, 2, HIDDEN)}, "x must be"),
         ({"x": torch.zeros(2, HIDDEN).int()}, "x must be"),
         ({"state": torch.zeros(2, 1, 4, 4)}, "state must be"),
         ({"state": torch.zeros(1, 1, 8, 8)}, "state must have a slot for each"),
@@ -172,7 +172,7 @@ def test_gradients_reach_each_weight_after_a_step():
         ({"head": "x", "base": torch.zeros(2, 32)}, "head must be one of q, k, v, o and given with base, got 'x'"),
         ({"head": "q"}, "head must be one of q, k, v, o and given with base, got 'q'"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
 def test_bad_steps(change, message):
     arguments = {"x": torch.zeros(2, HIDDEN), "state": torch.zeros(2, 1, 8, 8), **change}
