@@ -78,16 +78,12 @@ LAYER = tuple(
 )
 OF_A_VECTOR = ("width", "length", "gate", "dtype", "16_bit", "head", "rank", "nan", "parity")
 """In the names of the layer's tests: what may depend on how many numbers a vector has runs on each instruction set."""
-SHARING = ("test_triton_compile.py", "test_cuda.py", "test_first_use.py")
+LONGEST = ("test_cuda.py", "test_triton_compile.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what takes minutes to make: one process runs them (pytest-xdist), and begins with them."""
-    for item in items:
-        if item.path.name in SHARING:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=lambda item: item.path.name not in SHARING)
+    """The files that take longest come first: each is one process' work (pytest-xdist's loadfile)."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

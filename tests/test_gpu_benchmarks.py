@@ -241,7 +241,7 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path):
         )
         return plan.read_suite(Finished(done.returncode, done.stdout + done.stderr, 1.0, kept))
 
-    first = run("-n", "2", "--dist", "loadgroup")
+    first = run("-n", "2", "--dist", "loadfile")
     assert (first.status, first.note) == (FAILED, "1 passed, 2 failed, 1 skipped")
     why = {row["test"].split("::")[1]: row["why"] for row in first.rows if "test" in row}
     assert "why not" in why["test_skipped"]
