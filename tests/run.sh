@@ -20,7 +20,7 @@ echo "== lint"
 echo "== self-check of the installed package"
 (cd "$work" && "$python" -m deltamem_kernels && TRITON_INTERPRET=1 "$python" -m deltamem_kernels)
 echo "== tests"
-"$python" -m pytest -n auto --dist loadfile "$@"
+"$python" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"
 echo "== Triton kernels with the newest release"
 "$python" -m pip install -q --no-deps --target "$work/newest" triton==3.9.0
 PYTHONPATH="$work/newest" "$python" -m pytest tests/test_parity.py -k "triton and (gates or packed or nans or subset)"

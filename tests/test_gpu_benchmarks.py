@@ -216,7 +216,6 @@ def test_at_the_limit_a_process_ends_with_its_children(tmp_path):
 SUITE = """
 import pytest
 def test_right(): pass
-@pytest.mark.xdist_group("g")
 def test_wrong(): assert open("fixed").read() == "yes"
 @pytest.mark.skip(reason="why not")
 def test_skipped(): pass

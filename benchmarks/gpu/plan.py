@@ -113,7 +113,7 @@ def _test(target: Target) -> list[Step]:
     if target.rehearsal:
         command += ["tests/test_scan.py", "-k", "choice"]
     elif importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(TEST_WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
+        command += ["-n", str(min(TEST_WORKERS, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
     return [Step("suite", tuple(command), TEST_LIMIT, LEAST_TO_TEST, read=read_suite)]
 
 
