@@ -35,7 +35,7 @@ py::object fingerprint(const py::tuple& operands) {
       call.put('n');
     } else if (THPVariable_Check(operand)) {
       const Tensor& x = THPVariable_Unpack(operand);
-      if (x.layout() != at::kStrided || !x.has_storage()) return py::none();
+      if (x.layout() != at::kStrided || !x.has_storage() || x.key_set().has(c10::DispatchKey::Python)) return py::none();
       objects[i] = operand, storages[i] = x.storage().unsafeGetStorageImpl();
       const auto first = [&](const std::vector<const void*>& seen) {
         size_t j = 0;

@@ -80,6 +80,8 @@ CASES = [
     *(bad(n, lambda x: x.to_sparse(), TypeError, f"{n} must be a dense tensor", "got sparse_coo") for n in NAMES[:3]),
     *(bad(n, lambda x: x.to("meta"), ValueError, f"{n} must be on base's device cpu", "on meta")
       for n in (*NAMES[1:], "out")),
+    bad("base", lambda x: x.sum(), ValueError, "base must be [B, T, D] or [N, D]", "got float32 []"),
+    bad("reads", lambda x: x.sum(), ValueError, f"reads must be {SHAPES}, [2, 5]", "got float32 []"),
     bad("base", lambda x: x[0, 0], ValueError, "base must be [B, T, D] or [N, D]", "got float32 [24]"),
     bad("base", lambda x: x[None], ValueError, "base must be [B, T, D] or [N, D]", "got float32 [1, 2, 5, 24]"),
     bad("weight", lambda x: x[:-1], ValueError, "weight must be [D, H·R] = [24, H·R]", "got float32 [23, 8]"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from deltamem_kernels import attention_correction, memory_decode, memory_projection
+from deltamem_kernels import attention_correction, delta_step, memory_decode, memory_projection
 from deltamem_kernels.backends import extension
 from deltamem_kernels.ops import _checks
 
@@ -53,7 +55,7 @@ def test_a_call_is_checked_once(looked):
 
 WRONG = {
     "another object in its place": lambda call: {"out": call["base"].view(N, 8)},
-    "memory shared with an operand": lambda call: {"out": torch.empty(8, 8)[:N], "delta_weight": None},
+    "memory shared with an operand": lambda call: {"delta_weight": call["out"]._base[:, :R]},
     "shape": lambda call: {"cos": torch.randn(N, 6)},
     "dtype": lambda call: {"delta_weight": torch.zeros(8, R, dtype=torch.int32)},
     "device": lambda call: {"beta_bias": torch.zeros(R, device="meta")},
@@ -70,13 +72,13 @@ def test_a_mistake_after_a_good_call(what):
     extension.library()
     extension._library("cpu")
     call = operands()
+    if what == "memory shared with an operand":  # of the same sizes and strides where it is right
+        call = {name: x for name, x in call.items() if name not in ("head_dim", "cos", "sin")}
+        call |= {"out": torch.empty(8, 8)[:N], "delta_weight": torch.zeros(8, 8)[:, :R]}
     with torch.no_grad():
         memory_decode(**call)
         memory_decode(**call)
     change = WRONG[what](call)
-    if what == "memory shared with an operand":
-        parent = change["out"]._base
-        change = {"out": change["out"], "delta_weight": parent[:, :R]}
     before = call["state"].clone()
     with torch.set_grad_enabled(what == "gradients"), pytest.raises((ValueError, TypeError)):
         memory_decode(**call | change)
@@ -100,6 +102,29 @@ def test_what_is_written_is_seen_by_autograd():
         attention_correction(base, reads, weight, out=base)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+def test_a_step_is_seen_by_autograd():
+    pool, weight = torch.randn(N, 1, R, R), torch.randn(N, 1, R, R, requires_grad=True)
+    product = (pool * weight).sum()
+    with torch.no_grad():
+        delta_step(pool, *torch.rand(4, N, 1, R))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_fakes_and_maps_are_nobodys_memory():
+    """What has no numbers, or stands for several, goes through the dispatcher."""
+    weights = torch.randn(3 * R, D), torch.randn(R, D), torch.zeros(R)
+    with torch.no_grad():
+        mode = FakeTensorMode()
+        fakes = [mode.from_tensor(x) for x in (torch.randn(2, D), *weights)]
+        assert memory_projection(*fakes).q.shape == (2, 1, R)
+        graph = make_fx(lambda x, *w: memory_projection(x, *w), tracing_mode="symbolic")(torch.randn(2, D), *weights)
+        assert any("memory_projection" in str(node.target) for node in graph.graph.nodes)
+        base, reads, weight = torch.randn(5, N, 8), torch.randn(5, N, R), torch.randn(8, R)
+        mapped = torch.vmap(attention_correction, in_dims=(0, 0, None))(base, reads, weight)
+        assert torch.allclose(mapped, attention_correction(base, reads, weight), atol=1e-5)
 
 
 def test_as_many_calls_as_there_are(monkeypatch):

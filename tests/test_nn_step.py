@@ -141,10 +141,26 @@ def test_weights_are_never_stale(change):
             assert error(found, exact.reads[:, 0]) <= FLOAT32_TOLERANCE
         for found in (after, whole.state):
             assert error(found, exact.state) <= FLOAT32_TOLERANCE
-        for found in (ours, again[:, 0]):
+            in_place = base.clone()
+            module.correct(in_place, whole.reads[:, 0], "q", out=in_place)
+        for found in (ours, again[:, 0], in_place):
             assert error(found, corrected) <= FLOAT32_TOLERANCE
         if change is parametrised:
             return
+
+
+def test_a_correction_must_not_lie_on_its_reads():
+    module, base = memory(), torch.randn(1, 5, OUT["q"])
+    reads = base.view(-1)[4:44].view(1, 5, 1, 8)
+    with torch.no_grad(), pytest.raises(ValueError, match="out must not share memory with reads"):
+        module.correct(base, reads, "q", out=base)
+
+
+def test_what_was_looked_up_is_not_saved():
+    module = memory()
+    with torch.no_grad():
+        module.step(torch.randn(1, HIDDEN), torch.zeros(1, 1, 8, 8))
+    assert module.__getstate__()["_known"] is None
 
 
 def test_gradients_reach_each_weight_after_a_step():

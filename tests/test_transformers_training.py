@@ -137,7 +137,7 @@ def test_packed_rows(told, fields):
 def test_packed_rows_go_on_and_are_read():
     """A row's first sequence goes on from the row's state; the others begin without, also where nothing is written."""
     model, ids = remembering(), tokens(2, 9)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [5, 6, 7, 8, 9, 0, 1, 2, 3]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [5, 6, 7, 8, 9, 20, 21, 22, 23]])
     states = {index: torch.randn(2, 1, 8, 8) for index in (0, 1)}
     for write in (True, False):
         with MemoryCall(model, states, write=write):
@@ -160,7 +160,8 @@ def test_rows_that_are_not_packed():
     logits(model, ids, attention_mask=mask, position_ids=torch.tensor([[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]))
     logits(model, ids, position_ids=torch.arange(6)[None] + 3)
     logits(model, ids)
-    assert seen == [False] * 3
+    logits(model, ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=True)  # one sequence to attention too
+    assert seen == [False] * 4
 
 
 def test_bad_packed_rows():

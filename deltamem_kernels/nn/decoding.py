@@ -65,7 +65,7 @@ class Decoding:
             operands, options = self.nothing
         else:
             correction = self.corrections.get(head)
-            if correction is None or not self._fits(base, (rows, correction[2])) or torch._C._is_alias_of(base, x):  # type: ignore[attr-defined]
+            if correction is None or not self._fits(base, (rows, correction[2])):
                 return None
             operands, options = (*correction[0], base), (*self.rule, *correction[1])
         return _decode(state, x, *self.weights, None, None, *operands, *options)[0]
@@ -79,7 +79,7 @@ class Decoding:
         leading = base.shape[:-1]
         if reads.shape != (*leading, *self.size) or reads.dtype not in FLOATS or reads.device != self.device:
             return False
-        if len(leading) > 2 or not self._fits(base, (*leading, width)):
+        if len(leading) > 2 or not self._fits(base, (*leading, width)) or torch._C._is_alias_of(base, reads):  # type: ignore[attr-defined]
             return False
         _correct_into(base, None, reads, *operands, *options)
         return True

@@ -15,5 +15,11 @@ def define(schema: str) -> None:
 
 def nobody_listens(x: Tensor) -> bool:
     """Whether an operator without a gradient, with x among its operands, may call its kernel as it is: nothing traces,
-    fakes or records operators. The dispatcher takes 3 µs for an operator of twenty arguments."""
-    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta)
+    fakes, maps or records operators. The dispatcher takes 3 µs for an operator of twenty arguments."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or x.is_meta
+        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

@@ -60,15 +60,15 @@ _checked: set[bytes] = set()
 def check(base, reads, weight, scale, norm_weight, norm_eps, out, backend, head_dim: int | None = None) -> None:
     """The arguments that both forms of the correction have; the norm is over head_dim, or over D where it is None."""
     check_float("base", base, "[B, T, D] or [N, D]")
+    if base.ndim not in (2, 3):
+        fail(ValueError, "base", "[B, T, D] or [N, D]", base)
     *leading, width = shape = base.shape
     device = base.device
-    if len(leading) not in (1, 2):
-        fail(ValueError, "base", "[B, T, D] or [N, D]", base)
     check_float("weight", weight, "[D, H·R]")
     if weight.ndim != 2 or weight.shape[0] != width or weight.shape[1] < 1:
         fail(ValueError, "weight", f"[D, H·R] = [{width}, H·R], H·R at least 1", weight)
     check_float("reads", reads, "[B, T, H, R] or [B, T, R]")
-    *rows, last = reads.shape
+    *rows, last = reads.shape or (0,)
     if len(rows) == len(leading) + 1:
         last *= rows.pop()
     if rows != leading or last != weight.shape[1]:

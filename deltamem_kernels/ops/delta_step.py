@@ -186,6 +186,8 @@ def _step(state, q, k, v, beta, decay, state_indices, num_accepted_tokens, inter
         state, q, k, v, beta, decay, state_indices, num_accepted_tokens, intermediate_states, out, mode, pad_slot_id,
         update_state,
     )  # fmt: skip
+    # A kernel's writing is not seen by itself.
+    torch.autograd.graph.increment_version([x for x in (state, out, intermediate_states) if x is not None])
 
 
 def _step_fake(*arguments):

@@ -170,6 +170,9 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
     else:
         if starts is not None:  # positions may be one row for all
             starts = starts.to(x.device).expand(batch, tokens)
+            if segments and starts.device.type != "cpu":  # where one cannot see whether there are several
+                torch._assert_async(~starts[:, 1:].any(), "messages and sentences are a row's: no packed sequences")
+                starts = None
         reads, after, writes = memory.read(x, state, mask=mask, write=write, starts=starts, **segments)
         now = _Open(attention, memory, layer, call, write, x, state, after, None, None, reads, writes)
     _stack.calls.append(now)

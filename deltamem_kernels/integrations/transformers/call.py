@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...ops._checks import INDICES, describe, fail
 from .layers import memory_layers
+from .masks import new_call
 from .packing import sequence_starts
 from .states import check_states
 
@@ -124,6 +125,7 @@ class HandedDown(NamedTuple):
 def hand_down(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Hook of the stack of layers. What checkpointed layers are called with, they are called with again in backward,
     when the `with` is over."""
+    new_call()
     starts, call = sequence_starts(stack, args, kwargs), None
     if _innermost.get() is not None:
         call = next((call for _, attention in memory_layers(stack) if (call := call_for(attention))), None)

@@ -67,7 +67,7 @@ _latest = _Latest()
 def latest_mask(attention_mask: object, batch: int, tokens: int, past: int | Tensor) -> Tensor | None:
     """`token_mask`, computed once for the layers of a call, which have one mask; on a CPU None where all tokens count.
 
-    A mask that may have changed unseen, or a length that lies on a device, is looked at again.
+    A length that lies on a device is looked at again, and so is every mask in the next call (`new_call`).
     """
     known = isinstance(attention_mask, Tensor) and not attention_mask.is_inference() and isinstance(past, int)
     if not known or torch.compiler.is_compiling():
@@ -79,6 +79,11 @@ def latest_mask(attention_mask: object, batch: int, tokens: int, past: int | Ten
             mask = None
         _latest.mask, _latest.sizes, _latest.tokens = weakref.ref(attention_mask), sizes, mask  # type: ignore[type-var]
     return _latest.tokens
+
+
+def new_call() -> None:
+    """A mask may have changed where PyTorch does not see it."""
+    _latest.mask = None
 
 
 def own_keys(tokens: int, keys: int, past: int | Tensor, device: torch.device) -> Tensor:

@@ -15,9 +15,10 @@ from ...ops._checks import INDICES, fail
 def sequence_starts(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     """`[B or 1, T]` bool, True where a sequence of a packed row begins; None where each row is one sequence.
 
-    They are told by `cu_seq_lens_q`, or else by `position_ids` that do not grow from one token to the next, in a call
-    with neither a cache nor a mask `[B, keys]`, which is where transformers' own masks keep sequences apart. It is
-    computed on the tensors' device, and nothing is read back from a GPU.
+    They are told by `cu_seq_lens_q`, or else by `position_ids` that do not grow by one from one token to the next, in a
+    call that has no mask `[B, keys]` and neither has a cache nor makes one (`use_cache=False`), which is where
+    transformers' own masks keep sequences apart. Where a model has positions of three axes, the text's positions tell
+    it, `[4, B, T]`'s first. It is computed on the tensors' device, and nothing is read back from a GPU.
 
     Args:
         stack: what owns the layers.
@@ -32,14 +33,25 @@ def sequence_starts(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Te
     if limits is not None:
         return _from_limits(limits, kwargs)
     mask = kwargs.get("attention_mask")
+    if position_ids is not None and _has_axes(stack):
+        position_ids = position_ids[0] if position_ids.ndim == 3 and len(position_ids) == 4 else None
     if position_ids is None or position_ids.ndim != 2 or kwargs.get("past_key_values") is not None:
+        return None
+    use_cache = kwargs.get("use_cache")
+    if getattr(stack.config, "use_cache", False) if use_cache is None else use_cache:
         return None
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return None
-    starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
     if starts.device.type == "cpu" and not starts.any():
         return None
     return starts
+
+
+def _has_axes(stack: nn.Module) -> bool:
+    """Whether positions are those of time, height and width, as in Qwen2-VL."""
+    rope = getattr(stack.config, "rope_parameters", None) or getattr(stack.config, "rope_scaling", None) or {}
+    return "mrope_section" in rope
 
 
 def _from_limits(limits: Any, kwargs: dict[str, Any]) -> Tensor:
