@@ -39,7 +39,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def library(kind: str = "cpu") -> ModuleType:
-    """The library's module. The first call may compile: the CPU's about 15 seconds of two cores, CUDA's 30."""
+    """The library's module. The first call may compile: the CPU's about a minute of two cores, CUDA's half of that."""
     with _lock:
         return _library(kind)
 

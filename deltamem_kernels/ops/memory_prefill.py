@@ -39,7 +39,8 @@ def memory_prefill(
     (32 bytes) are 6 %.
 
     Triton launches: 2 (projection, scan) up to 64 tokens. Beyond, in chunks, 3 (projection with the chunks' maps,
-    fold, scan) where H·R is at most 16 and R at most 8, without mask and cu_seqlens; else 4 (maps apart), and 1 more
+    fold, scan) where H and R, rounded up to powers of two, make at most 16, R at most 8, in float32,
+    without mask and cu_seqlens; else 4 (maps apart), and 1 more
     with a mask; 2 more from 8,256 tokens on. The corrections are one launch each, of which that of the query does what
     a layer else launches its norm and rotary for.
 
