@@ -38,11 +38,10 @@ def memory_prefill(
     bfloat16 5 KB of x a token, beside which q, k, v and the gates (128 bytes, written and read again) and the reads
     (32 bytes) are 6 %.
 
-    Triton launches: 2 (projection, scan) up to 64 tokens. Beyond, in chunks, 3 (projection with the chunks' maps,
-    fold, scan) where H and R, rounded up to powers of two, make at most 16, R at most 8, in float32,
-    without mask and cu_seqlens; else 4 (maps apart), and 1 more
-    with a mask; 2 more from 8,256 tokens on. The corrections are one launch each, of which that of the query does what
-    a layer else launches its norm and rotary for.
+    Triton launches: 2 (projection, scan) up to 64 tokens. Beyond, in chunks, 3 (projection with the chunks' maps, fold,
+    scan) where H and R, rounded up to powers of two, make at most 16, R at most 8, without float64, mask and
+    cu_seqlens; else 4 (maps apart), and 1 more with a mask; 2 more from 8,256 tokens on. The corrections are one launch
+    each, of which that of the query does what a layer else launches its norm and rotary for.
 
     Args:
         x: `[B, T, D]`, float16, bfloat16, float32 or float64, any strides.
