@@ -13,4 +13,4 @@ attach_memory(model, DeltaMemConfig(rank=8, delta_heads=("q", "o")))  # changes 
 prompt = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
 print(sum(p.numel() for p in model.parameters() if p.requires_grad), "weights to train")
-save_adapter(model, "memory")
+save_adapter(model, "memory-untrained")
