@@ -141,7 +141,7 @@ def test_killed_and_resumed_is_uninterrupted(folder, tmp_path):
     (tmp_path / "killed").mkdir()
 
     class Killed(BaseException):
-        pass
+        """Nothing in the trainer catches it."""
 
     def kill(trainer: Trainer) -> None:
         if trainer.step == 3:

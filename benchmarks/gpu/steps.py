@@ -88,9 +88,8 @@ def execute(command: Sequence[str], environment: dict[str, str], limit: float) -
         )
         status = None
         try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(limit)
         finally:
             _end(process)
         output.seek(0)

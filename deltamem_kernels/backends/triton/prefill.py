@@ -94,27 +94,10 @@ def memory_prefill_kernel(
     store_state(p_maps + (i_slot * H * (R + 1) + i_u) * R * R + i_r * R, 1, b_s, m_l, R)
 
 
-def memory_prefill_forward(
-    x: Tensor,
-    qkv_weight: Tensor,
-    beta_weight: Tensor,
-    beta_bias: Tensor | None,
-    decay_weight: Tensor | None,
-    decay_bias: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    heads: int,
-    normalize: bool,
-    mode: str,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    """As in backends/composed.py. One launch less where chunks lie where the tiles of the projection do: without mask
-    and cu_seqlens."""
-    launches, outputs = prefill_launches(
-        x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, initial_state, mask, cu_seqlens, heads,
-        normalize, mode, save,
-    )  # fmt: skip
+def memory_prefill_forward(x: Tensor, *operands: object) -> tuple[Tensor, ...]:
+    """See `composed.memory_prefill_forward`. One launch less where chunks lie where the tiles of the projection do:
+    without mask and cu_seqlens."""
+    launches, outputs = prefill_launches(x, *operands)
     for each in launches:
         launch(*each, x)
     return outputs
