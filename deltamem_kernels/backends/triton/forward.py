@@ -51,7 +51,7 @@ def delta_update_forward_kernel(
     for i_chunk in range(i_first, i_last):
         if p_checkpoints is not None:
             p_slot = p_checkpoints + ((i_slot + i_chunk) * H + i_h) * R * R + o_state
-            store_state(p_slot, 1, b_s, m_s & (i_chunk > i_first), NC)
+            store_state(p_slot, 1, b_s, m_s & (i_x * 0 + i_chunk > i_first), NC)
         first = start + i_chunk * CHUNK
         b_s = scan_tokens(
             b_s, x, first, tl.minimum(first + CHUNK, stop), p_reads, H * R, p_reads, 0, 0, m_r, m_k, None,
