@@ -97,7 +97,7 @@ DELTAMEM_INLINE void store_square(const Vec<T, W>* columns, T* p, int64_t row_st
 }
 
 template <int W, class T, class Rank>
-DELTAMEM_INLINE void load_state(const Operand& x, int64_t n, int64_t h, Rank R, T* S, int lane) {
+__attribute__((noinline)) void load_state(const Operand& x, int64_t n, int64_t h, Rank R, T* S, int lane) {
   const int64_t offset = n * x.stride[0] + h * x.stride[1];
   if (W == R && x.dtype == kDType<T> && x.stride[3] == 1) {
     return load_square<W>(static_cast<const T*>(x.data) + offset, x.stride[2], reinterpret_cast<Vec<T, W>*>(S));
@@ -111,7 +111,7 @@ DELTAMEM_INLINE void load_state(const Operand& x, int64_t n, int64_t h, Rank R, 
 }
 
 template <int W, class T, class Rank>
-DELTAMEM_INLINE void store_state(const T* S, int lane, Rank R, const Operand& x, int64_t n, int64_t h) {
+__attribute__((noinline)) void store_state(const T* S, int lane, Rank R, const Operand& x, int64_t n, int64_t h) {
   const int64_t offset = n * x.stride[0] + h * x.stride[1];
   if (W == R && x.dtype == kDType<T> && x.stride[3] == 1) {
     return store_square<W>(reinterpret_cast<const Vec<T, W>*>(S), static_cast<T*>(x.data) + offset, x.stride[2]);

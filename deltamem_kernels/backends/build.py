@@ -12,10 +12,7 @@ import sysconfig
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-SOURCES = (
-    *("bindings.cpp", "bindings_correction.cpp", "bindings_projection.cpp", "bindings_layer.cpp", "fingerprint.cpp"),
-    *("cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp"),
-)
+SOURCES = ("library.cpp", "cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp")
 CUDA_SOURCES = (
     *("cuda/bindings.cpp", "cuda/bindings_layer.cpp"),
     *("cuda/forward.cu", "cuda/backward.cu", "cuda/step.cu", "cuda/chunked.cu"),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..ops._checks import FLOATS
 from ..ops._library import nobody_listens
-from ..ops.attention_correction import _correct_into
-from ..ops.memory_decode import _decode
+from ..ops.attention_correction import correct_into_unchecked
+from ..ops.memory_decode import decode_unchecked
 
 if TYPE_CHECKING:
     from .memory import DeltaMemory
@@ -68,7 +68,7 @@ class Decoding:
             if correction is None or not self._fits(base, (rows, correction[2])):
                 return None
             operands, options = (*correction[0], base), (*self.rule, *correction[1])
-        return _decode(state, x, *self.weights, None, None, *operands, *options)[0]
+        return decode_unchecked(state, x, *self.weights, None, None, *operands, *options)[0]
 
     def correct(self, base: Tensor, reads: Tensor, head: str) -> bool:
         """As `DeltaMemory.correct` in place; False where nothing was done."""
@@ -81,7 +81,7 @@ class Decoding:
             return False
         if len(leading) > 2 or not self._fits(base, (*leading, width)) or torch._C._is_alias_of(base, reads):  # type: ignore[attr-defined]
             return False
-        _correct_into(base, None, reads, *operands, *options)
+        correct_into_unchecked(base, None, reads, *operands, *options)
         return True
 
     def _fits(self, base: Tensor, shape: tuple[int, ...]) -> bool:

@@ -136,7 +136,7 @@ def _correct(base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, 
     )
 
 
-def _correct_into(out, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim, backend):
+def correct_into_unchecked(out, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim, backend):
     choose(backend, out.device).correct(
         out if base is None else base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim, out
     )
@@ -228,13 +228,13 @@ def run(base, reads, weight, scale, norm_weight, cos, sin, norm_eps, head_dim, o
     direct = nobody_listens(base)
     if out is None:
         return (_correct if direct else torch.ops.deltamem_kernels.correct)(base, *operands, *options)
-    into = _correct_into if direct else torch.ops.deltamem_kernels.correct_into
+    into = correct_into_unchecked if direct else torch.ops.deltamem_kernels.correct_into
     into(out, None if in_place else base, *operands, *options)
     return out
 
 
 library.impl("correct", _correct, "CompositeExplicitAutograd")
-library.impl("correct_into", _correct_into, "CompositeExplicitAutograd")
+library.impl("correct_into", correct_into_unchecked, "CompositeExplicitAutograd")
 library.impl("correct_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("deltamem_kernels::correct", _correct_fake, lib=library)
 torch.library.register_fake("deltamem_kernels::correct_into", _correct_into_fake, lib=library)

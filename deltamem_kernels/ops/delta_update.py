@@ -176,7 +176,7 @@ def _backward(d_reads, d_final_state, q, k, v, beta, decay, write, initial_state
     return [g for g in grads if g is not None]
 
 
-def _forward_fake(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode, backend, save):
+def forward_fake(q, k, v, beta, decay, write, initial_state, mask, cu_seqlens, mode, backend, save):
     if q.device.type == "meta":  # no kernel will run, a backend that could not is refused all the same
         choose(backend, q.device)
     B, T, H, R = q.shape
@@ -230,5 +230,5 @@ def run(*operands, mode: str, backend: str | None) -> tuple[Tensor, Tensor]:
 
 library.impl("delta_update", _forward, "CompositeExplicitAutograd")
 library.impl("delta_update_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("deltamem_kernels::delta_update", _forward_fake, lib=library)
+torch.library.register_fake("deltamem_kernels::delta_update", forward_fake, lib=library)
 torch.library.register_fake("deltamem_kernels::delta_update_backward", _backward_fake, lib=library)

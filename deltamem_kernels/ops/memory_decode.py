@@ -100,7 +100,7 @@ def memory_decode(
         mode, state_indices, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, backend,
     )  # fmt: skip
     gain, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
-    decode = _decode if nobody_listens(x) else torch.ops.deltamem_kernels.memory_decode
+    decode = decode_unchecked if nobody_listens(x) else torch.ops.deltamem_kernels.memory_decode
     reads, corrected = decode(
         state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, state_indices,
         None if out is base else base, delta_weight, gain, norm_weight, cos, sin, out, heads, normalize, mode,
@@ -194,7 +194,7 @@ define(
 )
 
 
-def _decode(state, x, *operands):
+def decode_unchecked(state, x, *operands):
     *operands, backend = operands
     results = choose(backend, x.device).memory_decode(state, x, *operands)
     out = operands[12]
@@ -212,5 +212,5 @@ def _decode_fake(state, x, qkv_weight, beta_weight, beta_bias, decay_weight, dec
     return reads, x.new_empty((0,)) if base is None or out is not None else base.new_empty(base.shape)
 
 
-library.impl("memory_decode", _decode, "CompositeExplicitAutograd")
+library.impl("memory_decode", decode_unchecked, "CompositeExplicitAutograd")
 torch.library.register_fake("deltamem_kernels::memory_decode", _decode_fake, lib=library)

@@ -10,9 +10,9 @@ from ..backends import choose
 from ._checks import check_backend, check_cu_seqlens, check_float, check_mask, check_mode, check_shape, fail
 from ._library import define, library
 from .delta_update import DeltaUpdateOutput
-from .delta_update import _forward_fake as _scan_fake
-from .memory_projection import _forward_fake as _projection_fake
+from .delta_update import forward_fake as _scan_fake
 from .memory_projection import check as check_projection
+from .memory_projection import forward_fake as _projection_fake
 
 
 def memory_prefill(
@@ -108,7 +108,7 @@ def _forward(*operands):
     return choose(backend, operands[0].device).memory_prefill_forward(*operands, save)
 
 
-def _forward_fake(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, initial_state, mask, cu_seqlens,
+def forward_fake(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, initial_state, mask, cu_seqlens,
                   heads, normalize, mode, backend, save):  # fmt: skip
     projected = _projection_fake(
         x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, backend
@@ -158,4 +158,4 @@ class _MemoryPrefill(torch.autograd.Function):
 
 
 library.impl("memory_prefill", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("deltamem_kernels::memory_prefill", _forward_fake, lib=library)
+torch.library.register_fake("deltamem_kernels::memory_prefill", forward_fake, lib=library)

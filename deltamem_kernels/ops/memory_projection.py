@@ -149,7 +149,7 @@ def _backward(*operands):
     return [g for g in grads if g is not None]
 
 
-def _forward_fake(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, backend):
+def forward_fake(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, backend):
     if x.device.type == "meta":  # no kernel will run, a backend that could not is refused all the same
         choose(backend, x.device)
     dtype = accumulation_dtype(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias)
@@ -200,5 +200,5 @@ class _MemoryProjection(torch.autograd.Function):
 
 library.impl("memory_projection", _forward, "CompositeExplicitAutograd")
 library.impl("memory_projection_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("deltamem_kernels::memory_projection", _forward_fake, lib=library)
+torch.library.register_fake("deltamem_kernels::memory_projection", forward_fake, lib=library)
 torch.library.register_fake("deltamem_kernels::memory_projection_backward", _backward_fake, lib=library)

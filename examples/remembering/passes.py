@@ -164,14 +164,15 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
     return (loss * weight).sum() / len(batch.owner)
 
 
-def drift(model, windows: Tensor, states: States) -> Tensor:
+def drift(model, windows: Tensor, states: States, writes: bool) -> Tensor:
     """How far the model's expectations of other text are from the frozen model's: the mean over tokens of the
-    Kullback-Leibler divergence, with a memory that starts from `states`, one for each window, is read and written."""
+    Kullback-Leibler divergence, with a memory that starts from `states`, one for each window, is read, and written
+    where `writes` says so."""
     mask, messages = torch.ones_like(windows), torch.zeros_like(windows) if by_message(model) else None
     head = model.get_output_embeddings()
     with torch.no_grad(), MemoryCall(model, write=False):  # an empty memory returns zeros
         frozen = head(run_stack(model, windows, mask)).float().log_softmax(-1)
-    with MemoryCall(model, states, message_ids=messages):
+    with MemoryCall(model, states, message_ids=messages if writes else None, write=writes):
         ours = head(run_stack(model, windows, mask)).float().log_softmax(-1)
     return F.kl_div(ours, frozen, log_target=True, reduction="none").sum(-1).mean()
 

@@ -23,6 +23,8 @@ class Settings:
     strategy: str = "tsw"
     rank: int = 8
     alpha: float = 16.0
+    beta_bias: float = -1.5
+    """a token writes sigmoid(beta_bias) of itself, and erases as much, before training"""
     heads: str = "qo"
     """the projections that are corrected"""
     first_layer: int = 0
@@ -54,6 +56,7 @@ class Settings:
         return DeltaMemConfig(
             rank=self.rank,
             alpha=self.alpha,
+            beta_bias_init=self.beta_bias,
             delta_heads=tuple(self.heads),
             target_layers=tuple(range(self.first_layer, layers)) if self.first_layer else (),
             **STRATEGIES[self.strategy],

@@ -132,7 +132,8 @@ class Trainer:
             if self.settings.keep:
                 rows = min(WINDOWS, self.settings.batch)
                 windows = self.lessons.other_text(rows, WINDOW, self.step, part, _process()).to(self.device)
-                total = loss + self.settings.keep * drift(self.model, windows, first(states, len(windows)))
+                writes = self.step % 2 == 0  # memories are used both ways: going on, and only read
+                total = loss + self.settings.keep * drift(self.model, windows, first(states, len(windows)), writes)
             (total / parts).backward()
             loss_sum += loss.item()
             accuracy_sum += score(logits.detach(), batch).correct.float().mean().item()
