@@ -65,7 +65,7 @@ from deltamem_kernels.backends.triton import compile_cases
 wanted = json.loads(sys.argv[1])
 rows = {}
 for name, (report, options) in wanted.items():
-    options = {"dtype": "bfloat16", **options}
+    options = {"dtype": "bfloat16", "loops": False, **options}
     options = {n: getattr(torch, x) if n.endswith("dtype") else x for n, x in options.items()}
     rows[name] = [(*row, row.spills) for row in getattr(compile_cases, report)(**options)]
 print(json.dumps(rows))

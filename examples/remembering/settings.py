@@ -22,9 +22,10 @@ class Settings:
     model: str = "smollm2"
     strategy: str = "tsw"
     rank: int = 8
-    alpha: float = 16.0
-    beta_bias: float = -1.5
-    """a token writes sigmoid(beta_bias) of itself, and erases as much, before training"""
+    alpha: float = 128.0
+    beta_bias: float = -4.0
+    """a token writes sigmoid(beta_bias) of itself, and erases as much, before training: a memory that forgets slowly
+    from the start lets gradients through other text that is written after the passage"""
     heads: str = "qo"
     """the projections that are corrected"""
     first_layer: int = 0
@@ -33,11 +34,11 @@ class Settings:
     """comma-separated, in turn: facts, recall, dialogue"""
     most: int = 1
     """facts or passwords in a passage: from 1 to so many"""
-    gap: int = 0
+    gap: int = 32
     """tokens of other text, at most, that are written between a passage and its questions"""
     words: int = 8
     """that an answer is one of, at most"""
-    keep: float = 1.0
+    keep: float = 3.0
     """weight of the divergence from the frozen model on other text"""
     steps: int = 150
     batch: int = 24

@@ -21,7 +21,7 @@ from .settings import Settings
 from .tasks import Dialogues, Episode, World, reference
 
 CALIBRATION = 8  # batches
-WINDOWS, WINDOW = 4, 32  # of other text that is to stay as expected, in a step, and the tokens of each
+WINDOWS, WINDOW = 4, 64  # of other text that is to stay as expected, in a step, and the tokens of each
 LONGEST_GAP = 1024  # tokens, which several topics have
 CHARACTERS = 60  # of a topic, for each token that is wanted of it
 CHECKPOINT = "checkpoint.pt"

@@ -24,11 +24,12 @@ def scan_report(
     mask: bool = False,
     cu_seqlens: bool = False,
     chunked: bool = True,
+    loops: bool = True,
 ) -> list[Row]:
     """The kernels of the delta rule for each arch (90 is sm_90) and rank: forward with saved states, backward with all
     gradients, with `chunked` (up to the rank where that pays) the same in chunks with what is launched before them, a
     step with all it can be given (there is none in mode "affine", masked or packed); the operands in `dtype`, the state
-    in the dtype of the arithmetic."""
+    in the dtype of the arithmetic. `loops`: as of `row`."""
     rows = []
     for rank in ranks:
         operands = _operands(rank, heads, dtype, mode, free_decay, per_head, mask, cu_seqlens)
@@ -37,7 +38,7 @@ def scan_report(
             kernels += _chunked_scans(operands, mode)
         if mode != "affine" and not mask and not cu_seqlens:
             kernels.append(_step(operands, mode))
-        rows += [row(name, rank, arch, kernel, arguments) for arch in archs for name, kernel, arguments in kernels]
+        rows += [row(name, rank, arch, *launch, loops) for arch in archs for name, *launch in kernels]
     return rows
 
 
@@ -117,6 +118,7 @@ def layer_report(
     free_decay: bool = True,
     per_head: bool = False,
     mask: bool = True,
+    loops: bool = True,
 ) -> list[Row]:
     """The kernels of memory_projection (many tokens, few, and what backward launches), of memory_decode, of
     memory_prefill and of segment_mean."""
@@ -156,9 +158,9 @@ def layer_report(
         _, to_x = segments.backward_arguments(means["p_means"], ids, means["p_counts"], tokens)
         kernels.append(("segments backward", segments.segment_mean_backward_kernel, to_x))
         rows += [
-            row(name, rank, arch, kernel, arguments)
+            row(name, rank, arch, *launch, loops)
             for arch in archs
-            for name, kernel, arguments in kernels
+            for name, *launch in kernels
             if rank == ranks[0] or "segments" not in name  # these know no rank
         ]
     return rows
@@ -170,6 +172,7 @@ def correction_report(
     dtype: torch.dtype = torch.bfloat16,
     columns: int = 2560,
     head_dim: int = 128,
+    loops: bool = True,
 ) -> list[Row]:
     """The kernels of the correction in three forms, and of their backward with all gradients; a row's rank is H·R."""
     from . import correction
@@ -196,5 +199,5 @@ def correction_report(
             (f"{form}_rows", correction.backward_rows_kernel, by_row),
             (f"{form}_cols", correction.backward_columns_kernel, by_column),
         )
-        rows += [row(name, rank, arch, kernel, arguments) for arch in archs for name, kernel, arguments in kernels]
+        rows += [row(name, rank, arch, *launch, loops) for arch in archs for name, *launch in kernels]
     return rows

@@ -58,14 +58,14 @@ def report() -> list[Row]:
     return compile_cases.scan_report() + compile_cases.layer_report() + compile_cases.correction_report()
 
 
-def row(name: str, rank: int, arch: int, kernel, arguments: dict) -> Row:
-    """Of a kernel as a launch with these arguments would run it on sm_<arch>. Needs Triton, and TRITON_INTERPRET
-    unset."""
+def row(name: str, rank: int, arch: int, kernel, arguments: dict, loops: bool) -> Row:
+    """Of a kernel as a launch with these arguments would run it on sm_<arch>. Without `loops`, which take a look at the
+    instructions, there are none. Needs Triton, and TRITON_INTERPRET unset."""
     import triton
 
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("the report compiles the kernels: run it without TRITON_INTERPRET")
-    return Row(name, rank, arch, *_usage(*_compile(kernel, arguments, arch)))
+    return Row(name, rank, arch, *_usage(*_compile(kernel, arguments, arch), loops))
 
 
 def _compile(kernel, arguments: dict, arch: int) -> tuple[bytes, int]:
@@ -96,15 +96,16 @@ def _compile(kernel, arguments: dict, arch: int) -> tuple[bytes, int]:
     return compiled.asm["cubin"], compiled.metadata.shared
 
 
-def _usage(cubin: bytes, shared: int) -> tuple[int, int, int, int, int, tuple[int, ...]]:
+def _usage(cubin: bytes, shared: int, loops: bool) -> tuple[int, int, int, int, int, tuple[int, ...]]:
     """What a Row has from `registers` on, by the tools in Triton's wheel; shared memory as given: the cubin does not
     tell."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         resources = _run("cuobjdump", "--dump-resource-usage", str(path))
-        assembly = _run("nvdisasm", "--print-code", str(path))
-    registers, stack = (int(re.search(rf"{x}:(\d+)", resources)[1]) for x in ("REG", "STACK"))
+        registers, stack = (int(re.search(rf"{x}:(\d+)", resources)[1]) for x in ("REG", "STACK"))
+        # What spills lies on the stack: without one there is nothing to count.
+        assembly = _run("nvdisasm", "--print-code", str(path)) if loops or stack else ""
     stores, loads = (len(re.findall(rf"\b{x}\b", assembly)) for x in ("STL", "LDL"))
     return registers, stack, stores, loads, shared, _loops(assembly)
 
