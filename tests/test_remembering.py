@@ -20,6 +20,7 @@ from remembering.backbone import load_backbone
 from remembering.checkpoint import write_whole
 from remembering.evaluation import FROZEN, MEMORY, answers, episodes
 from remembering.passes import ask, collate, drift, first, score, write
+from remembering.report import markdown
 from remembering.session import session
 from remembering.settings import STRATEGIES, Settings
 from remembering.statistics import apart, interval
@@ -284,6 +285,29 @@ def test_intervals():
     assert clustered["high"] - clustered["low"] > 2 * (found["high"] - found["low"])
     assert apart({"low": 0.5, "high": 0.6}, {"low": 0.1, "high": 0.4})
     assert not apart({"low": 0.5, "high": 0.6}, {"low": 0.1, "high": 0.5})
+
+
+def test_seeds_are_one_row():
+    """Apart means for each seed: the intervals of all of them, from end to end."""
+
+    def of(low: float, high: float) -> dict:
+        return {"mean": (low + high) / 2, "low": low, "high": high}
+
+    def memory(name: str, seed: int, state: tuple[float, float], rank: int = 8) -> dict:
+        answers = {"memory, state only": of(*state), "memory, another passage's state": of(0.1, 0.2)}
+        ways = {way: {"accuracy": x, "log_likelihood": x} for way, x in answers.items()}
+        price = {"frozen": {}, "read only": {"change_percent": of(-1, -seed / 10)}}
+        settings = {"seed": seed, "rank": rank}
+        return {"name": name, "settings": settings, "answers": {"facts": ways, "a dialogue": ways}, "price": price}
+
+    frozen = {way: {"accuracy": of(0.0, 0.3), "log_likelihood": of(-2, -1)} for way in FROZEN}
+    memories = [memory("a", 0, (0.4, 0.5)), memory("b", 1, (0.6, 0.7)), memory("c", 1, (0.29, 0.5), rank=4)]
+    text = markdown({"frozen": {"facts": frozen, "a dialogue": frozen}, "memories": memories})
+    right, likelihood, price = text.split("\n\n**")
+    assert "| a (2 seeds): state only | **55.0 % [40, 70]** |" in right
+    assert "| c: state only | 39.5 % [29, 50] |" in right
+    assert "| a (2 seeds): state only | **0.55 [0.40, 0.70]** | **0.55 [0.40, 0.70]** |" in likelihood
+    assert "| read only | -0.53 % [-1.00, +0.00] | -0.55 % [-1.00, -0.10] |" in price
 
 
 def test_train_then_evaluate_in_new_processes(folder, tmp_path):

@@ -29,3 +29,12 @@ def interval(values: Tensor, passages: Tensor) -> dict[str, Any]:
 def apart(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether the first is higher and the intervals do not overlap."""
     return a["low"] > b["high"]
+
+
+def over_seeds(intervals: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of the means, and from the lowest to the highest end: what is apart of this is apart for each."""
+    return {
+        "mean": sum(x["mean"] for x in intervals) / len(intervals),
+        "low": min(x["low"] for x in intervals),
+        "high": max(x["high"] for x in intervals),
+    }
