@@ -1,4 +1,4 @@
-"""How long a memory lasts: recall against the tokens written since, as a plot and as JSON.
+"""How long memories last: recall against the tokens written since, as a plot and as JSON.
 
 python examples/session.py memory --json session.json --plot session.png
 """
@@ -21,12 +21,12 @@ from remembering.session import session
 from remembering.tasks import reference
 from remembering.training import LOSSES, world_of
 
-from deltamem_kernels.integrations.transformers import load_adapter
+from deltamem_kernels.integrations.transformers import detach_memory, load_adapter
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of train.py")
+    parser.add_argument("folders", type=Path, nargs="+", help="of train.py; all of one model")
     parser.add_argument("--passages", type=int, default=32)
     parser.add_argument("--window", type=int, default=64, help="tokens in a call")
     parser.add_argument("--longest", type=int, default=4096, help="tokens")
@@ -39,10 +39,11 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    settings = json.loads((given.folder / LOSSES).read_text())["settings"]
-    model, tokenizer = load_backbone(settings["model"], getattr(torch, settings["dtype"]), given.device)
-    load_adapter(model, given.folder)
-    some = episodes(world_of(tokenizer, settings["words"]), "facts", "held-out", 1, given.passages, seed=2)
+    runs = [json.loads((folder / LOSSES).read_text())["settings"] for folder in given.folders]
+    if len({(one["model"], one["dtype"], one["words"]) for one in runs}) > 1:
+        raise SystemExit("the folders are of different models, dtypes or words")
+    model, tokenizer = load_backbone(runs[0]["model"], getattr(torch, runs[0]["dtype"]), given.device)
+    some = episodes(world_of(tokenizer, runs[0]["words"]), "facts", "held-out", 1, given.passages, seed=2)
     batch = collate(tokenizer, some).to(given.device)
     text = torch.tensor(tokens_of(tokenizer, "\n".join(reference("held-out")))[: given.longest])
     longest = max(given.longest // given.window, 1) * given.window
@@ -50,12 +51,16 @@ def main() -> None:
     while lengths[-1] < longest:
         lengths.append(min(lengths[-1] * 2, longest))
     rows = []
-    for state in given.state:
-        rows += session(model, batch, text.to(given.device), lengths, state == "bfloat16", given.window)
-        for row in rows[-len(lengths) :]:
-            print(f"{state:9} {row['tokens']:7,} tokens since: {share(row['accuracy'])}, norm {row['norm']:.3f}")
+    for folder in given.folders:
+        load_adapter(model, folder)
+        for state in given.state:
+            for row in session(model, batch, text.to(given.device), lengths, state == "bfloat16", given.window):
+                right, norm = share(row["accuracy"]), row["norm"]
+                print(f"{folder.name} {state:9} {row['tokens']:7,} tokens since: {right}, norm {norm:.3f}", flush=True)
+                rows.append({"memory": folder.name, **row})
+        detach_memory(model)
     if given.json:
-        results = {**header(), "folder": given.folder.name, "settings": settings, "rows": rows}
+        results = {**header(), "settings": dict(zip((x.name for x in given.folders), runs, strict=True)), "rows": rows}
         write_whole(given.json, (json.dumps(results, indent=1) + "\n").encode())
     if given.plot:
         plot_session(rows, given.plot)

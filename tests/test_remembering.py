@@ -245,7 +245,7 @@ def test_a_session(folder):
                 weight.normal_()
     batch = ours.lessons.batch(0)
     text = torch.randint(4, 200, (7,))
-    exact = session(ours.model, batch, text, [0, 4, 12], rounded=False, window=4)
+    exact = list(session(ours.model, batch, text, [0, 4, 12], rounded=False, window=4))
     assert [row["tokens"] for row in exact] == [0, 4, 12]
     start = score(ask(ours.model, batch, write(ours.model, batch)).detach(), batch).log_likelihood
     assert exact[0]["log_likelihood"]["mean"] == pytest.approx(start.mean().item(), rel=1e-6)
@@ -316,11 +316,17 @@ def test_train_then_evaluate_in_new_processes(folder, tmp_path):
     train = ["train.py", run, "--model", folder, "--steps", "3", "--batch", "2", "--dtype", "float32"]
     small = ["--passages", "5", "--facts", "1", "--recall", "2", "--dialogues", "0", "--windows", "2", "--window", "24"]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    for command in (train, ["evaluate.py", run, *small, "--json", results]):
+    last = ["session.py", run, "--passages", "2", "--window", "8", "--longest", "16", "--json", tmp_path / "last.json"]
+    for command in (train, [*last, "--plot", tmp_path / "last.png"], ["evaluate.py", run, *small, "--json", results]):
         command = [sys.executable, str(EXAMPLES / command[0]), *map(str, command[1:])]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
     assert {"checkpoint.pt", LOSSES, "loss.png"} <= {path.name for path in run.iterdir()}
+    rows = json.loads((tmp_path / "last.json").read_text())["rows"]
+    assert [(x["memory"], x["state"], x["tokens"]) for x in rows] == [
+        ("run", state, tokens) for state in ("float32", "bfloat16") for tokens in (0, 8, 16)
+    ]
+    assert (tmp_path / "last.png").read_bytes().startswith(b"\x89PNG")
     table = json.loads(results.read_text())
     (memory,) = table["memories"]
     model, tokenizer = load_backbone(str(folder))

@@ -44,20 +44,22 @@ def plot_losses(losses: Sequence[float], accuracies: Sequence[float], path: Path
 
 
 def plot_session(rows: Sequence[dict], path: Path) -> None:
-    """Recall, the answer's likelihood and the state's norm against the tokens written since, a line for each dtype."""
+    """Recall, the answer's likelihood and the state's norm against the tokens written since: a line for each memory and
+    dtype of its state."""
     figure, axes = _axes(3)
-    for dtype in dict.fromkeys(row["state"] for row in rows):
-        mine = [row for row in rows if row["state"] == dtype]
-        tokens = [max(row["tokens"], 1) for row in mine]
+    for memory, dtype in dict.fromkeys((row["memory"], row["state"]) for row in rows):
+        mine = [row for row in rows if (row["memory"], row["state"]) == (memory, dtype)]
+        tokens = [row["tokens"] for row in mine]
         for axis, name, label in (
             (axes[0], "accuracy", "right answers"),
             (axes[1], "log_likelihood", "answer's log-likelihood, nats"),
             (axes[2], "norm", "norm of the states, mean over layers"),
         ):
             value = [row[name]["mean"] if isinstance(row[name], dict) else row[name] for row in mine]
-            axis.plot(tokens, value, marker="o", markersize=3, label=f"{dtype} state")
-            axis.set(xscale="log", xlabel="tokens written since (1: none)", ylabel=label)
+            axis.plot(tokens, value, marker="o", markersize=3, label=f"{memory}, {dtype}")
+            axis.set_xscale("symlog", linthresh=tokens[1])
+            axis.set(xlabel="tokens written since", ylabel=label)
             if isinstance(mine[0][name], dict):
                 axis.fill_between(tokens, *([row[name][end] for row in mine] for end in ("low", "high")), alpha=0.15)
-    axes[0].legend()
+    axes[0].legend(fontsize="small")
     _save(figure, path)

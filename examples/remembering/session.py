@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from .statistics import interval
 
 
 @torch.no_grad()
-def session(model, batch: Batch, text: Tensor, lengths: list[int], rounded: bool, window: int) -> list[dict[str, Any]]:
-    """For each length: accuracy, log-likelihood, and the mean norm of a layer's state.
+def session(
+    model, batch: Batch, text: Tensor, lengths: list[int], rounded: bool, window: int
+) -> Iterator[dict[str, Any]]:
+    """For each length, as it is reached: accuracy, log-likelihood, and the mean norm of a layer's state.
 
     Args:
         batch: passages and their questions.
@@ -24,7 +27,7 @@ def session(model, batch: Batch, text: Tensor, lengths: list[int], rounded: bool
     """
     keep = (lambda state: state.bfloat16().float()) if rounded else (lambda state: state)
     states: States = {index: keep(state) for index, state in write(model, batch).items()}
-    rows, written, passages = [], 0, len(batch.passage)
+    written, passages = 0, len(batch.passage)
     for length in lengths:
         while written < length:
             places = torch.arange(written, written + window, device=text.device) % len(text)
@@ -33,13 +36,10 @@ def session(model, batch: Batch, text: Tensor, lengths: list[int], rounded: bool
             written += window
         found = score(ask(model, batch, states), batch)
         norms = torch.stack([state.flatten(1).norm(dim=1) for state in states.values()])
-        rows.append(
-            {
-                "tokens": length,
-                "state": "bfloat16" if rounded else "float32",
-                "accuracy": interval(found.correct, batch.owner.cpu()),
-                "log_likelihood": interval(found.log_likelihood, batch.owner.cpu()),
-                "norm": norms.mean().item(),
-            }
-        )
-    return rows
+        yield {
+            "tokens": length,
+            "state": "bfloat16" if rounded else "float32",
+            "accuracy": interval(found.correct, batch.owner.cpu()),
+            "log_likelihood": interval(found.log_likelihood, batch.owner.cpu()),
+            "norm": norms.mean().item(),
+        }
