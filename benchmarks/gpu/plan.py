@@ -16,7 +16,6 @@ import torch
 from deltamem_kernels.backends import build
 
 from ..machine import ROOT
-from ..registry import load_operations
 from . import hot, resume
 from .steps import CANNOT, FAILED, OK, UNFINISHED, Finished, Outcome, Step, outcome
 
@@ -159,6 +158,7 @@ BOTH = ("--op", "delta_update forward", "delta_update forward+backward")
 SCANS = ("--impl", "ours (triton)", "ours (cuda)", "upstream-triton")
 SCAN = BOTH + SCANS
 LAYER = ("--op", "layer Qwen3-4B", "layer SmolLM3-3B", "--impl", "frozen", "(triton)", "with memory (cuda)")
+MODEL = ("--op", "model Qwen3-4B", "--impl", "frozen", "ours", "upstream")
 BENCH = (
     ("scan R=8 over T", SCAN, "--tokens 128 512 2048 8192", 240),
     ("layers' decoding", LAYER, "--tokens 1 --batch 1 8 64", 400),
@@ -172,19 +172,16 @@ BENCH = (
     ("ways to scan", (*BOTH[:2], "--impl", "triton, "), "--tokens 256 8192 --batch 1 64 256", 200),
     ("projection", ("--op", "memory_projection Qwen3-4B", "--impl", "ours", "torch"), "--tokens 512 8192", 240),
     ("correction", ("--op", "attention_correction", "--impl", "ours", "torch"), "--tokens 512 8192", 300),
+    ("model's decoding", MODEL, "--tokens 1 --batch 1 8 64", 440),
+    ("model's prefill", MODEL, "--tokens 512 8192 32768", 440),
 )
 """Name, what is run and on which sizes as `python -m benchmarks` takes them, limit in seconds. All in bfloat16."""
-MODEL = (("model's decoding", "--tokens 1 --batch 1 8 64", 440), ("model's prefill", "--tokens 512 8192 32768", 440))
-"""Where there is an operation of that name."""
 
 
 def _bench(target: Target) -> list[Step]:
-    model = ("--op", "model Qwen3-4B")
-    there = model[1] in (operation.name for operation in load_operations())
-    models = [(name, model, sizes, limit) for name, sizes, limit in MODEL] if there else []
     ceilings = ("--shrink", "64", "--seconds", "0.1") if target.rehearsal else ()
     steps = [Step("ceilings", _own("ceilings", target, *ceilings), 120)]
-    for name, what, sizes, limit in (*BENCH, *models):
+    for name, what, sizes, limit in BENCH:
         words = [*what, *sizes.split(), "--dtype", "bfloat16", "--seconds", "1", "--device", target.device]
         if target.rehearsal:
             words = [word.replace("triton", "cpu") for word in words]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import SMOLLM2, TINY_QWEN3, Backbone, frozen, model, upstream_why_not
+from ..models import QWEN3_4B, SMOLLM2, TINY_QWEN3, Backbone, frozen, model, upstream_why_not
 from ..registry import Implementation, Operation, Shape, Tensors
 
 KINDS = ("frozen", "ours", "upstream", "upstream, patched")
@@ -137,7 +137,7 @@ def _why_not(kind: str, backbone: Backbone, least: int, shape: Shape) -> str | N
         return f"a loss needs {least} tokens"
     if shape.source != "random":
         return "its inputs are random token ids: without --input"
-    return backbone.why_not() or (upstream_why_not() if kind.startswith("upstream") else None)
+    return backbone.why_not(shape.device) or (upstream_why_not() if kind.startswith("upstream") else None)
 
 
 def _oracle(run: Callable[[Tensors, Shape], Tensors], inputs: Tensors, shape: Shape) -> Tensors:
@@ -201,6 +201,7 @@ def _whole(backbone: Backbone) -> tuple[Operation, Operation]:
 OPERATIONS = (
     *_whole(SMOLLM2),
     *_whole(TINY_QWEN3),
+    *_whole(QWEN3_4B),
     _operation(
         f"model {TINY_QWEN3.name} attention", TINY_QWEN3, _attention, _layer_inputs,
         bytes_moved=_layer_bytes, tokens=(1, 512),
