@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from remembering.evaluation import FROZEN, MEMORY, answers, episodes
 from remembering.passes import ask, collate, drift, first, score, write
 from remembering.report import markdown
 from remembering.session import session
-from remembering.settings import STRATEGIES, Settings
+from remembering.settings import FORGETTING, STRATEGIES, Settings
 from remembering.statistics import apart, interval
 from remembering.training import CALIBRATION, LOSSES, Trainer, world_of
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -285,6 +286,23 @@ def test_intervals():
     assert clustered["high"] - clustered["low"] > 2 * (found["high"] - found["low"])
     assert apart({"low": 0.5, "high": 0.6}, {"low": 0.1, "high": 0.4})
     assert not apart({"low": 0.5, "high": 0.6}, {"low": 0.1, "high": 0.5})
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_the_strategy_says_how_fast_a_memory_forgets(strategy, monkeypatch):
+    train = importlib.import_module("train")
+    monkeypatch.setattr(sys, "argv", ["train.py", "folder", "--strategy", strategy])
+    given = train.arguments()
+    assert {"alpha": given.alpha, "beta_bias": given.beta_bias} == FORGETTING[strategy]
+    config = Settings(strategy=strategy, alpha=given.alpha, beta_bias=given.beta_bias).memory(2)
+    assert (config.alpha, config.beta_bias_init) == (given.alpha, given.beta_bias)
+    monkeypatch.setattr(sys, "argv", ["train.py", "folder", "--strategy", strategy, "--beta-bias", "-2"])
+    assert train.arguments().beta_bias == -2
+
+
+def test_the_defaults_are_those_of_tsw():
+    settings = Settings()
+    assert {"alpha": settings.alpha, "beta_bias": settings.beta_bias} == FORGETTING[settings.strategy]
 
 
 def test_seeds_are_one_row():

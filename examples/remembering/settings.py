@@ -14,18 +14,26 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 """Each token writes; the mean of each message; four states side by side."""
 
+FORGETTING: dict[str, dict[str, float]] = {
+    "tsw": {"beta_bias": -4.0, "alpha": 128.0},
+    "ssw": {"beta_bias": -1.5, "alpha": 16.0},
+    "msw": {"beta_bias": -4.0, "alpha": 128.0},
+}
+"""A memory that each token writes has to forget slowly from the start: gradients then reach the passage through the
+tokens of other text behind it. To one that messages write, that text is a single write. A correction is alpha / rank
+times what is read, which is the smaller the less is written."""
+
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are those of `train.py`."""
+    """The defaults are those of `train.py`, of FORGETTING those of TSW."""
 
     model: str = "smollm2"
     strategy: str = "tsw"
     rank: int = 8
     alpha: float = 128.0
     beta_bias: float = -4.0
-    """a token writes sigmoid(beta_bias) of itself, and erases as much, before training: a memory that forgets slowly
-    from the start lets gradients through other text that is written after the passage"""
+    """a write begins as sigmoid(beta_bias) of what is written, and erases as much"""
     heads: str = "qo"
     """the projections that are corrected"""
     first_layer: int = 0
