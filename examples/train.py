@@ -22,7 +22,7 @@ from remembering.backbone import load_backbone
 from remembering.checkpoint import write_whole
 from remembering.machine import header
 from remembering.plots import plot_losses
-from remembering.settings import FORGETTING, STRATEGIES, Settings
+from remembering.settings import BY_STRATEGY, STRATEGIES, Settings
 from remembering.training import LOSSES, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,11 +40,11 @@ def arguments() -> argparse.Namespace:
             type=type(field.default),
             default=field.default,
             choices=choices,
-            help="default by the strategy" if field.name in FORGETTING["tsw"] else f"default {field.default}",
+            help="default by the strategy" if field.name in BY_STRATEGY["tsw"] else f"default {field.default}",
         )
     parser.add_argument("--save-every", type=int, default=25, help="steps from checkpoint to checkpoint")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; with torchrun each process takes its own GPU")
-    parser.set_defaults(**FORGETTING[parser.parse_known_args()[0].strategy])
+    parser.set_defaults(**BY_STRATEGY[parser.parse_known_args()[0].strategy])
     return parser.parse_args()
 
 

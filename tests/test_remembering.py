@@ -23,7 +23,7 @@ from remembering.evaluation import FROZEN, MEMORY, answers, episodes
 from remembering.passes import ask, collate, drift, first, score, write
 from remembering.report import markdown
 from remembering.session import session
-from remembering.settings import FORGETTING, STRATEGIES, Settings
+from remembering.settings import BY_STRATEGY, STRATEGIES, Settings
 from remembering.statistics import apart, interval
 from remembering.training import CALIBRATION, LOSSES, Trainer, world_of
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -289,11 +289,11 @@ def test_intervals():
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
-def test_the_strategy_says_how_fast_a_memory_forgets(strategy, monkeypatch):
+def test_the_strategy_has_defaults_of_its_own(strategy, monkeypatch):
     train = importlib.import_module("train")
     monkeypatch.setattr(sys, "argv", ["train.py", "folder", "--strategy", strategy])
     given = train.arguments()
-    assert {"alpha": given.alpha, "beta_bias": given.beta_bias} == FORGETTING[strategy]
+    assert {name: getattr(given, name) for name in BY_STRATEGY[strategy]} == BY_STRATEGY[strategy]
     config = Settings(strategy=strategy, alpha=given.alpha, beta_bias=given.beta_bias).memory(2)
     assert (config.alpha, config.beta_bias_init) == (given.alpha, given.beta_bias)
     monkeypatch.setattr(sys, "argv", ["train.py", "folder", "--strategy", strategy, "--beta-bias", "-2"])
@@ -302,7 +302,7 @@ def test_the_strategy_says_how_fast_a_memory_forgets(strategy, monkeypatch):
 
 def test_the_defaults_are_those_of_tsw():
     settings = Settings()
-    assert {"alpha": settings.alpha, "beta_bias": settings.beta_bias} == FORGETTING[settings.strategy]
+    assert {name: getattr(settings, name) for name in BY_STRATEGY["tsw"]} == BY_STRATEGY[settings.strategy]
 
 
 def test_seeds_are_one_row():

@@ -14,19 +14,19 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 """Each token writes; the mean of each message; four states side by side."""
 
-FORGETTING: dict[str, dict[str, float]] = {
-    "tsw": {"beta_bias": -4.0, "alpha": 128.0},
-    "ssw": {"beta_bias": -1.5, "alpha": 16.0},
-    "msw": {"beta_bias": -4.0, "alpha": 128.0},
+BY_STRATEGY: dict[str, dict[str, float]] = {
+    "tsw": {"beta_bias": -4.0, "alpha": 128.0, "gap": 32},
+    "ssw": {"beta_bias": -1.5, "alpha": 16.0, "gap": 0},
+    "msw": {"beta_bias": -4.0, "alpha": 128.0, "gap": 32},
 }
 """A memory that each token writes has to forget slowly from the start: gradients then reach the passage through the
-tokens of other text behind it. To one that messages write, that text is a single write. A correction is alpha / rank
-times what is read, which is the smaller the less is written."""
+tokens of other text behind it. A correction is alpha / rank times what is read, which is the smaller the less is
+written. One that messages write has that text as a single write as large as the passage's, and did not learn with it."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are those of `train.py`, of FORGETTING those of TSW."""
+    """The defaults are those of `train.py`, of BY_STRATEGY those of TSW."""
 
     model: str = "smollm2"
     strategy: str = "tsw"
