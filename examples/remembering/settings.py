@@ -21,7 +21,8 @@ BY_STRATEGY: dict[str, dict[str, float]] = {
 }
 """A memory that each token writes has to forget slowly from the start: gradients then reach the passage through the
 tokens of other text behind it. A correction is alpha / rank times what is read, which is the smaller the less is
-written. One that messages write has that text as a single write as large as the passage's, and did not learn with it."""
+written. Where messages write, that text is one write, as large as the passage's: such a memory did not learn with
+it."""
 
 
 @dataclass(frozen=True)
