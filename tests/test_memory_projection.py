@@ -244,6 +244,19 @@ def test_nan_stays_in_its_token(implementation):
             assert dirty[name][:, 2].isnan().all(), name
 
 
+@pytest.mark.parametrize("T", [5, 40])
+def test_nan_of_one_row_is_its_heads(T, implementation):
+    """A norm that is NaN is no small one: the head's other numbers are NaN too, and nobody else's."""
+    operands = make(1, T, device=implementation.device)
+    clean = ours(implementation.backend, operands, heads=2)
+    operands["qkv_weight"][1, 3] = float("nan")  # of q, head 0
+    dirty = ours(implementation.backend, operands, heads=2)
+    assert dirty["q"][:, :, 0].isnan().all()
+    assert torch.equal(dirty["q"][:, :, 1], clean["q"][:, :, 1])
+    for name in (x for x in RESULTS if x != "q"):
+        assert torch.equal(dirty[name], clean[name]), name
+
+
 def test_the_same_bits_beside_any_neighbours_and_with_any_threads(implementation):
     operands = make(3, 37, D=600, device=implementation.device)
     together = ours(implementation.backend, operands, heads=2)

@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict] = {
 LAYER_VARIANTS: dict[str, dict] = {
     "layer: float32": {"dtype": "float32"},
     "layer: float64": {"dtype": "float64", "weight_dtype": "float64"},
+    "layer: 16 bits, float64 weights": {"dtype": "bfloat16", "weight_dtype": "float64"},
+    "layer: float64, 16-bit weights": {"dtype": "float64", "weight_dtype": "float16"},
     "layer: 16-bit weights": {"dtype": "float16", "weight_dtype": "bfloat16"},
     "layer: coupled gates per head, no mask": {"free_decay": False, "per_head": True, "mask": False},
     "layer: rank 4": {"ranks": (4,)},
@@ -48,7 +50,12 @@ LAYER_KERNELS = [
     "segments",
     "segments backward",
 ]
-APART = {"layer: float64", "layer: four heads of 8", "layer: four heads of 16", "layer: rank 128, float32"}
+APART = {
+    *(name for name in LAYER_VARIANTS if "float64" in name),
+    "layer: four heads of 8",
+    "layer: four heads of 16",
+    "layer: rank 128, float32",
+}
 """Where a tile of the projection is no chunk, or has no room for its map."""
 FOLDS = [f"{x}{of}" for of in ("", " adjoint") for x in ("maps", "fold maps", "fold groups", "fold")]
 SCANS = ["forward", "backward", *FOLDS, "forward of chunks", "backward of chunks"]

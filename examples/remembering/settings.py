@@ -15,14 +15,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 """Each token writes; the mean of each message; four states side by side."""
 
 BY_STRATEGY: dict[str, dict[str, float]] = {
-    "tsw": {"beta_bias": -4.0, "alpha": 128.0, "gap": 32},
-    "ssw": {"beta_bias": -1.5, "alpha": 16.0, "gap": 0},
-    "msw": {"beta_bias": -4.0, "alpha": 128.0, "gap": 32},
+    "tsw": {"beta_bias": -4.0, "alpha": 128.0, "gap": 32, "steps": 300},
+    "ssw": {"beta_bias": -1.5, "alpha": 16.0, "gap": 0, "steps": 150},
+    "msw": {"beta_bias": -4.0, "alpha": 128.0, "gap": 32, "steps": 150},
 }
 """A memory that each token writes has to forget slowly from the start: gradients then reach the passage through the
 tokens of other text behind it. A correction is alpha / rank times what is read, which is the smaller the less is
 written. Where messages write, that text is one write, as large as the passage's: such a memory did not learn with
-it."""
+it. TSW learns late: at step 70 with two seeds of three, at step 110 with the other."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Settings:
     """that an answer is one of, at most"""
     keep: float = 3.0
     """weight of the divergence from the frozen model on other text"""
-    steps: int = 150
+    steps: int = 300
     batch: int = 24
     """passages in a step, for each process"""
     accumulate: int = 1

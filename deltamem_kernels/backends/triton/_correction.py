@@ -81,7 +81,8 @@ def correction(p_reads, reads_sh, reads_sr, p_weight, weight_sd, weight_sk, i_d,
     b_a = tl.zeros((ROWS, HALF), dtype)
     b_b = tl.zeros((ROWS, HALF), dtype)
     for j in range(K):
-        b_r = tl.load(p_reads + (j // R) * reads_sh + (j % R) * reads_sr, mask=m_row, other=0.0).to(dtype) * factor
+        p_r = p_reads + (j // R) * tl.cast(reads_sh, tl.int64) + (j % R) * reads_sr
+        b_r = tl.load(p_r, mask=m_row, other=0.0).to(dtype) * factor
         b_wa, b_wb = load_vectors(p_weight + j * weight_sk, i_d, weight_sd, m_d, dtype)
         b_a += b_r[:, None] * b_wa
         b_b += b_r[:, None] * b_wb

@@ -221,7 +221,8 @@ def backward_columns_kernel(
             b_na += tl.sum(b_d_norm[0], axis=0)
             b_nb += tl.sum(b_d_norm[1], axis=0)
         for j in range(K):
-            b_r = tl.load(p_r + (j // R) * reads_sh + (j % R) * reads_sr, mask=m_row, other=0.0).to(DTYPE) * factor
+            p_j = p_r + (j // R) * tl.cast(reads_sh, tl.int64) + (j % R) * reads_sr
+            b_r = tl.load(p_j, mask=m_row, other=0.0).to(DTYPE) * factor
             m_j = i_k[None, :] == j
             b_wa += tl.where(m_j, tl.sum(b_g[0] * b_r[:, None], axis=0)[:, None], 0.0)
             b_wb += tl.where(m_j, tl.sum(b_g[1] * b_r[:, None], axis=0)[:, None], 0.0)

@@ -43,6 +43,11 @@ def precision(*factors: Tensor) -> str:
     return "tf32" if all(narrow) else "tf32x3" if narrow[0] else "ieee"
 
 
+def factor(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What tl.dot takes beside float64: of 16 bits it compiles no such product."""
+    return x.float() if dtype == torch.float64 and x.dtype.itemsize == 2 else x
+
+
 def forward_arguments(
     x: Tensor,
     qkv_weight: Tensor,
@@ -57,6 +62,8 @@ def forward_arguments(
     weights = {"qkv": qkv_weight, "beta": beta_weight, "decay": decay_weight}
     biases = {"beta": beta_bias, "decay": decay_bias}
     dtype = accumulation_dtype(x, *weights.values(), *biases.values())
+    x = factor(x, dtype)
+    weights = {name: None if weight is None else factor(weight, dtype) for name, weight in weights.items()}
     lead, H, R = x.shape[:-1], heads, qkv_weight.shape[0] // (3 * heads)
     T = 1 if x.ndim == 2 else x.shape[1]
     tokens = lead.numel()
@@ -118,7 +125,7 @@ def input_arguments(d_projected: Tensor, weights: list[Tensor], x_dtype: torch.d
     """Grid and arguments of memory_projection_input_kernel with its output allocated."""
     *lead, rows = d_projected.shape
     tokens = d_projected.shape[:-1].numel()
-    weight = torch.cat(weights)
+    weight = factor(torch.cat(weights), d_projected.dtype)
     D = weight.shape[1]
     d_x = d_projected.new_empty((*lead, D), dtype=x_dtype)
     wide = d_projected.dtype == torch.float64

@@ -83,7 +83,8 @@ def squash(b_x, m_c, HEADS: tl.constexpr, RANK: tl.constexpr, NORMALIZE: tl.cons
     b_norm = b_x
     if NORMALIZE:
         b_x = tl.where(m_c[None, :], tanh(b_x), 0.0)
-        b_norm = tl.maximum(tl.sqrt(sum_heads(b_x * b_x, HEADS, RANK)), norm_floor(b_x.dtype))
+        b_norm = tl.sqrt(sum_heads(b_x * b_x, HEADS, RANK))
+        b_norm = tl.maximum(b_norm, norm_floor(b_x.dtype), propagate_nan=tl.PropagateNan.ALL)  # a NaN stays one
         b_x = b_x / b_norm
     return b_x, b_norm
 
