@@ -287,7 +287,14 @@ def test_triton_asked_for_by_name_fails_as_it_fails(on_a_gpu):
             choose(name, GPU).delta_step()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyboardInterrupt()], ids=["memory", "user"])
+TRITONS_OUT_OF_MEMORY = RuntimeError("Triton Error [CUDA]: out of memory")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("full"), TRITONS_OUT_OF_MEMORY, KeyboardInterrupt()],
+    ids=["torch's memory", "triton's memory", "user"],
+)
 def test_what_is_no_reason_to_change(on_a_gpu, error):
     on_a_gpu.modules["triton"].delta_step = Module("triton", on_a_gpu.calls, error).delta_step
     with pytest.raises(type(error)):

@@ -133,6 +133,17 @@ def test_forward_and_gradients(fields, writing, masked):
             assert error(g, e) <= 1e-4, name  # a chain of a hundred float32 steps; exact in the operations' own tests
 
 
+@pytest.mark.parametrize("write", [True, False])
+def test_autocast_does_not_round_the_state(write):
+    module, x, state = memory(num_state_heads=2), torch.randn(2, 9, HIDDEN), torch.randn(2, 2, 8, 8)
+    plain = module.read(x, state, write=write)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = module.read(x, state, write=write)
+    assert cast.reads.dtype == cast.state.dtype == torch.float32
+    assert torch.equal(cast.reads, plain.reads)
+    assert torch.equal(cast.state, plain.state)
+
+
 def test_any_cut_gives_the_whole():
     module, x = memory(num_state_heads=2), torch.randn(3, 17, HIDDEN)
     whole = module.read(x)

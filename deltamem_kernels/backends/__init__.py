@@ -112,9 +112,10 @@ class _UntilItFails:
     """Triton where nobody asked for it by name. It compiles at a kernel's first launch: if a release of it, or the GPU,
     cannot, the next backend takes over for good, with one warning that names the cause.
 
-    Any Exception of any call counts but a full memory, which is no fault of the backend: what Triton, its compiler and
-    the driver raise has no common type, and arguments were checked before. What is no Exception passes through, such as
-    KeyboardInterrupt, and so does whatever the next backend raises."""
+    Any Exception of any call counts but one that passes (a full memory, a CUDA graph that is being captured and cannot
+    take in a first launch), which is no fault of the backend: what Triton, its compiler and the driver raise has no
+    common type, and arguments were checked before. What is no Exception passes through, such as KeyboardInterrupt, and
+    so does whatever the next backend raises."""
 
     def __init__(self, module: ModuleType, device: torch.device, others: tuple[str, ...]) -> None:
         self._fragile = self._module = module
@@ -127,9 +128,9 @@ class _UntilItFails:
         if self._module is self._fragile:
             try:
                 return getattr(self._fragile, function)(*operands)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # whatever Triton, its compiler or the driver can come up with
+                if _passes(error):
+                    raise
                 self._take_over(error)
                 if _half_done(function, operands):
                     raise RuntimeError(
@@ -149,6 +150,12 @@ class _UntilItFails:
             f"{type(error).__name__}: {error}" + (refusals and f"; {refusals}"),
             stacklevel=4,
         )
+
+
+def _passes(error: Exception) -> bool:
+    """Triton has no type for a full memory: it raises a RuntimeError with the driver's words."""
+    full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    return full or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def _half_done(function: str, operands: tuple) -> bool:

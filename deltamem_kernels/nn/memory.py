@@ -181,7 +181,8 @@ class DeltaMemory(nn.Module):
             q = q.masked_fill(~mask[:, :, None, None], 0)
         if starts is not None:  # which nothing has been written for
             q = q.masked_fill(beginnings(starts, mask).cumsum(1)[:, :, None, None] > 0, 0)
-        reads = torch.einsum("bhij,bthj->bthi", state, q)
+        with torch.autocast(q.device.type, enabled=False):  # which would round the state
+            reads = torch.einsum("bhij,bthj->bthi", state, q)
         if write and segment_ids is not None and num_segments is not None:
             means, written = segment_mean(x, segment_ids, num_segments, mask)
             state = delta_update(*self._project(means), mode=mode, initial_state=state, mask=written).final_state
