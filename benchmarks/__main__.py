@@ -92,17 +92,17 @@ def main(arguments: Sequence[str] | None = None, operations: Sequence[Operation]
     torch.set_num_threads(options.threads)
     bandwidth = measure.copy_bandwidth(options.device)
     settings = Settings(options.seconds, sorted({1, options.threads}), bandwidth, options.quick, options.samples)
-    rows = []
+    header = machine.header(arguments, options.device, options.threads, bandwidth)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    rows: list = []
     with Progress(total) as progress:
         for operation, shape in cases:
             rows += run_case(operation, implementations[operation.name], shape, settings, progress)
+            options.json.write_text(report.as_json(header, rows))  # what is measured stays, also of a run that is ended
 
-    header = machine.header(arguments, options.device, options.threads, bandwidth)
     print(f"{header['device']}, {header['cores']} cores, copy {header['copy_bandwidth_gb_s']} GB/s", end="")
     print(f"; torch {header['torch']}, Python {header['python']}, {header['os']}")
     print(report.table(rows))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(report.as_json(header, rows))
     print(f"\nwritten: {options.json}", end="")
     try:
         report.plot(header, rows, options.plot)

@@ -255,6 +255,28 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path):
     assert (stopped.status, stopped.note) == (UNFINISHED, "2 passed, 1 failed, 1 skipped so far")
 
 
+SPOILING = """
+import pytest, torch
+def broken(): raise RuntimeError("an illegal memory access was encountered")
+def test_right(): pass
+def test_spoils():
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, broken
+def test_later(): pass
+"""
+
+
+def test_a_fault_on_the_gpu_spoils_no_other_test(tmp_path):
+    (tmp_path / "test_it.py").write_text(SPOILING)
+    kept = tmp_path / "kept.jsonl"
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.resume", "--outcomes", str(kept), "-n", "1"]
+    command += ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "test_it.py"]
+    environment = plan.os.environ | {"PYTHONPATH": str(plan.ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    outcomes = [json.loads(line) for line in kept.read_text().splitlines() if line]
+    last = {each["test"].split("::")[1]: each["outcome"] for each in outcomes}
+    assert last == {"test_right": "passed", "test_spoils": "failed", "test_later": "passed"}, done.stdout
+
+
 # What the tools say
 
 
@@ -299,6 +321,14 @@ def test_a_wrong_benchmark_is_named(tmp_path):
     file.write_text(json.dumps({"header": {}, "rows": [{"implementation": "ours (cuda)", "status": "WRONG"}]}))
     read = plan.read_benchmarks(Finished(1, "a table", 1.0, file))
     assert (read.status, read.note) == (FAILED, "ours (cuda) WRONG")
+
+
+def test_a_benchmark_that_was_stopped_keeps_its_rows(tmp_path):
+    file = tmp_path / "rows.json"
+    assert plan.read_benchmarks(Finished(None, "", 90.0, file)).status == FAILED
+    file.write_text(json.dumps({"header": {}, "rows": [{"implementation": "ours (cuda)", "status": "ok"}]}))
+    read = plan.read_benchmarks(Finished(None, "", 90.0, file))
+    assert (read.status, read.note, len(read.rows)) == (UNFINISHED, "1 rows before its time was up", 1)
 
 
 # What it checks on the GPU, by the CPU's kernels

@@ -4,11 +4,15 @@ leaves out the tests that have passed there. A suite that is stopped in the midd
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
+DONE = pytest.StashKey[set[str]]()
+FAULT = 70
 MESSAGE_CHARACTERS = 600
 
 
@@ -28,8 +32,15 @@ def read(path: Path) -> dict[str, dict]:
     return found
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """pytest-xdist's workers leave out what the controller does, also one that starts in the middle: all have to
+    collect the same tests."""
+    node.workerinput["done"] = sorted(node.config.stash[DONE])
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    done = {name for name, entry in read(Path(config.getoption("--outcomes"))).items() if entry["outcome"] != "failed"}
+    done = config.stash[DONE]
     left_out = [item for item in items if _plain(item.nodeid) in done]
     items[:] = [item for item in items if _plain(item.nodeid) not in done]
     config.hook.pytest_deselected(items=left_out)
@@ -60,8 +71,22 @@ class Writer:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # with pytest-xdist the controller alone writes
-        config.pluginmanager.register(Writer(Path(config.getoption("--outcomes"))), "outcomes-writer")
+    if hasattr(config, "workerinput"):
+        config.stash[DONE] = set(config.workerinput["done"])
+        return
+    path = Path(config.getoption("--outcomes"))  # with pytest-xdist the controller alone reads and writes it
+    config.stash[DONE] = {name for name, entry in read(path).items() if entry["outcome"] != "failed"}
+    config.pluginmanager.register(Writer(path), "outcomes-writer")
+
+
+def pytest_runtest_logfinish() -> None:
+    """A fault of a kernel spoils CUDA for the rest of the process, and with it every later test there. pytest-xdist
+    calls the test during which a worker ends failed, and starts another worker for the rest."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(FAULT)
 
 
 def summary(path: Path) -> list[dict]:

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,9 @@ def _run(step: Step, record: Record, budget: Budget, provenance: dict, execute: 
         status, output = execute(command, dict(step.environment), min(step.limit, budget.left()))
         seconds = budget.now() - began
         read = step.read(Finished(status, output, seconds, keep if "{keep}" in step.command else rows))
+        if record.copy and keep.exists():
+            record.copy.mkdir(parents=True, exist_ok=True)
+            shutil.copy(keep, record.copy)  # a suite goes on from it
     of_row = {name: provenance.get(name) for name in PROVENANCE} | {"command": step.as_typed()}
     of_row["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     done = {
