@@ -60,6 +60,13 @@ def command(model: torch.nn.Module, line: str, states: dict, on: bool) -> tuple[
     return states, on
 
 
+def ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return "/quit"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -74,7 +81,7 @@ def main() -> None:
         attach_memory(model, DeltaMemConfig(delta_heads=("q", "o")))
     states, on = {}, True
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    while (line := input("> ").strip()) != "/quit":
+    while (line := ask()) != "/quit":
         if line.startswith("/"):
             states, on = command(model, line, states, on)
         elif line:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import backbone, logits, remembering, tokens
+from models import CLOSE, backbone, logits, remembering, tokens
+from problems import error
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import DynamicCache
 
 from deltamem_kernels.integrations.transformers import (
@@ -192,6 +193,65 @@ def test_a_saved_memory_goes_on_after_a_restart(tmp_path):
         generated.append(one.generate(ids[:, :4], max_new_tokens=8, do_sample=False, past_key_values=fresh))
     assert torch.equal(*generated)
     assert sorted(p.name for p in tmp_path.iterdir()) == [WEIGHTS, "delta_mem_config.json", "memory.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "prefix", [["_orig_mod"], ["module"], ["module", "_orig_mod"], ["base_model", "model"]], ids=".".join
+)
+def test_what_wraps_a_model_is_not_in_the_file(prefix, tmp_path):
+    """torch.compile, DistributedDataParallel, PEFT: by the names of the modules that they put around it."""
+    model, ids = remembering(), tokens(1, 5)
+    wrapped = model
+    for name in reversed(prefix):
+        inside, wrapped = wrapped, torch.nn.Module()
+        wrapped.add_module(name, inside)
+    save_adapter(wrapped, tmp_path)
+    plain = bare(model)
+    load_adapter(plain, tmp_path)
+    assert torch.equal(logits(plain, ids), logits(model, ids))
+    load_adapter(wrapped, tmp_path)
+
+
+def test_other_writers_keep_every_weight(tmp_path):
+    """Those of safetensors and accelerate leave out what shares its storage with another tensor."""
+    model = remembering()
+    save_model(model, tmp_path / "whole.safetensors")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.zero_()
+    load_model(other, tmp_path / "whole.safetensors")
+    for name, weight in model.named_parameters():
+        assert torch.equal(other.get_parameter(name), weight), name
+    ids = tokens(1, 5)
+    assert torch.equal(logits(other, ids), logits(model, ids))  # by the weights that are read too
+
+
+def test_no_states_are_no_file(tmp_path):
+    path = tmp_path / "memory.safetensors"
+    save_memory({0: torch.zeros(1, 1, 8, 8)}, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="got none: nothing was written yet"):
+        save_memory({}, path)
+    assert path.read_bytes() == before
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path / 'no'}: no such folder$"):
+        save_memory(load_memory(path), tmp_path / "no" / "memory.safetensors")
+    with pytest.raises(TypeError, match="must be a Cache of transformers"):
+        get_memory(remembering()(input_ids=tokens(1, 3)))
+
+
+def test_a_pickled_cache_goes_on(tmp_path):
+    model, ids = remembering(), tokens(2, 9)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids[:, :6], past_key_values=cache)
+    torch.save(cache, tmp_path / "cache.pt")
+    again = torch.load(tmp_path / "cache.pt", weights_only=False)
+    assert type(again) is type(cache)
+    assert torch.equal(
+        logits(model, ids[:, 6:], past_key_values=again), logits(model, ids[:, 6:], past_key_values=cache)
+    )
+    again.crop(-5)
+    assert error(logits(model, ids[:, 4:], past_key_values=again), logits(model, ids)[:, 4:]) <= CLOSE
 
 
 def test_spoilt_states(tmp_path):

@@ -315,12 +315,17 @@ class Odd(torch.nn.Module):
             setattr(self.layers[0].self_attn, name, part)
 
 
+LINEARS = {f"{head}_proj": torch.nn.Linear(2, 2) for head in "qkvo"}
+
+
 @pytest.mark.parametrize(
     ("model", "config", "message"),
     [
         (lambda: Odd(), {}, r"does not fit: layers.0.self_attn \(Module\) has no layer_idx"),
         (lambda: Odd(layer_idx=0, q_proj=torch.nn.Linear(2, 2)), {}, "has no k_proj"),
         (lambda: Odd(layer_idx=0, q_proj=torch.nn.Identity()), {}, r"has a q_proj \(Identity\) without in_features"),
+        (lambda: Odd(layer_idx=0, **LINEARS), {}, "does not take past_key_values, where the states are"),
+        (lambda: backbone().to("meta"), {}, "layers.0.self_attn is on the meta device, as what is offloaded is"),
         (backbone, {"target_modules": ("attn",)}, "target_modules: the model has no module named attn"),
         (backbone, {"target_layers": (1, 7)}, r"target_layers must be some of the layers \[0, 1\], got \[7\]"),
         (remembering, {}, "has a memory already"),
@@ -330,6 +335,30 @@ class Odd(torch.nn.Module):
 def test_what_does_not_fit(model, config, message):
     with pytest.raises(ValueError, match=message):
         attach_memory(model(), DeltaMemConfig(**config))
+
+
+@pytest.mark.parametrize("heads", [("q", "o"), ()])
+def test_a_projection_that_is_replaced_is_told(heads):
+    """As PEFT does with those that it wraps. What no memory corrects may be replaced; attached again, all is well."""
+    model, ids = remembering(delta_heads=heads), tokens(1, 5)
+    before, attention = logits(model, ids), model.model.layers[1].self_attn
+    attention.v_proj = torch.nn.Sequential(attention.v_proj)
+    assert torch.equal(logits(model, ids), before)
+    attention.o_proj = copy.deepcopy(attention.o_proj)
+    if not heads:
+        assert torch.equal(logits(model, ids), before)
+        return
+    with pytest.raises(RuntimeError, match="o_proj of layer 1 was replaced after attach_memory"):
+        logits(model, ids)
+    detach_memory(model)
+    assert logits(model, ids).isfinite().all()
+
+
+def test_a_paged_cache_is_refused():
+    model = remembering()
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 3, model.config.hidden_size)
+    with pytest.raises(ValueError, match=r"no place in a paged cache \(generate_batch\)"):
+        attention(x, None, None, past_key_values=None, cache=object())
 
 
 def test_bad_calls():
@@ -355,7 +384,7 @@ def test_bad_calls():
         MemoryCall(sentences, message_ids=ids)
     with pytest.raises(TypeError, match="sentence_ids must be int32 or int64"):
         MemoryCall(sentences, sentence_ids=ids.float())
-    with MemoryCall(model, states), pytest.raises(ValueError, match="state must be"):
+    with pytest.raises(ValueError, match=r"of 2 sequences, .* called with 3"), MemoryCall(model, states):
         logits(model, tokens(3, 4))
     cache = DynamicCache(config=model.config)
     with pytest.raises(ValueError, match="states must be of the layers"):

@@ -84,8 +84,8 @@ def test_messages_write_their_means(kind):
     with MemoryCall(model, **given):  # the prompt's ids; what is generated writes token by token
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
     with (
-        MemoryCall(model, **given),
         pytest.raises(ValueError, match=r"must be \[2, 8\] as the tokens are, got \[2, 9\]"),
+        MemoryCall(model, **given),
     ):
         logits(model, ids[:, :8])
 
@@ -174,7 +174,7 @@ def test_bad_packed_rows():
             logits(model, ids, cu_seq_lens_q=limits, use_cache=False)
     with pytest.raises(ValueError, match="cu_seq_lens_q needs packed sequences, one row, got 2"):
         logits(model, ids.repeat(2, 1), cu_seq_lens_q=torch.tensor([0, 6]), use_cache=False)
-    with MemoryCall(model, message_ids=torch.zeros_like(ids)), pytest.raises(ValueError, match="starts must be None"):
+    with pytest.raises(ValueError, match="starts must be None"), MemoryCall(model, message_ids=torch.zeros_like(ids)):
         logits(model, ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
 
 

@@ -32,6 +32,16 @@ class MemoryRead(NamedTuple):
     """What each token wrote; None where tokens wrote nothing, or messages wrote their means."""
 
 
+def _own_storage(rows: Tensor) -> Tensor:
+    """The same memory as a storage of its own: to what writes checkpoints, parts of one storage are one tensor."""
+    try:
+        begin = rows.storage_offset() * rows.element_size()
+        storage = rows.untyped_storage()[begin : begin + rows.nbytes]
+    except NotImplementedError:  # on the meta device, where there is no memory
+        return rows
+    return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(storage, 0, rows.shape, rows.stride())
+
+
 class DeltaMemory(nn.Module):
     """The memory of one attention layer (δ-mem, arXiv 2605.12357). It holds weights and no state.
 
@@ -303,7 +313,7 @@ class DeltaMemory(nn.Module):
         self._packed = torch.cat([weight.detach() for weight in weights])
         self._known = None
         for weight, rows in zip(weights, self._packed.chunk(3), strict=True):
-            weight.data = rows
+            weight.data = _own_storage(rows)
 
     def _lie_packed(self) -> bool:
         weights, start = self._parameters, self._packed.data_ptr()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     if not layers:
         raise ValueError("the model has no memory: attach_memory gives it one")
     config = layers[0][1].delta_memory.config
-    weights = {f"{name}.{key}": x for name, m in layers for key, x in m.delta_memory.named_parameters()}
+    weights = {f"{unwrapped(name)}.{key}": x for name, m in layers for key, x in m.delta_memory.named_parameters()}
     config.save(folder)
     write_safetensors(
         weights, Path(folder) / WEIGHTS_FILE, {"format": FORMAT, "version": "1", "config": digest(config)}
@@ -62,7 +63,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = t
         layers = build(model, replace(config, output_init="zero"), dtype)
     elif any(memory.config != config for memory in layers.values()):
         raise ValueError(f"{path}: the model has a memory of another configuration: detach_memory takes it away")
-    wanted = {f"{name}.{key}": x for name, memory in layers.items() for key, x in memory.named_parameters()}
+    wanted = {f"{unwrapped(name)}.{key}": x for name, memory in layers.items() for key, x in memory.named_parameters()}
     _check(path, weights, wanted)
     with torch.no_grad():
         for name, weight in wanted.items():
@@ -72,6 +73,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = t
             memory.config = config
         install(model, layers)
     return config
+
+
+def unwrapped(name: str) -> str:
+    """A module's name in the model itself, without torch.compile, DistributedDataParallel and PEFT around it."""
+    name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return re.sub(r"^(module\.|base_model\.model\.)+", "", name)
 
 
 def digest(config: DeltaMemConfig) -> str:

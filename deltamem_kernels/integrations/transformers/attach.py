@@ -50,13 +50,16 @@ def build(model: nn.Module, config: DeltaMemConfig, dtype: torch.dtype) -> dict[
         raise ValueError("the model does not fit: it is an encoder and a decoder, and a memory is for a decoder alone")
     memories = {}
     for name, attention in attention_layers(model, config):
+        device = _device(attention, model)
+        if device.type == "meta":
+            raise ValueError(f"the model does not fit: {name} is on the meta device, as what is offloaded is")
         projections = {head: getattr(attention, f"{head}_proj") for head in HEADS}
         memories[name] = DeltaMemory(
             config,
             projections["q"].in_features,
             {head: projection.out_features for head, projection in projections.items()},
             {head: getattr(projection, "weight", None) for head, projection in projections.items()},
-            device=_device(attention, model),
+            device=device,
             dtype=dtype,
         )
     return memories
@@ -75,9 +78,10 @@ def install(model: nn.Module, memories: dict[str, DeltaMemory]) -> list[str]:
         attention.delta_memory = memory
         attention.register_forward_pre_hook(_read, with_kwargs=True)
         attention.register_forward_hook(_finish, always_call=True)
-        for head, hook in CORRECTIONS.items():
-            if head in memory.config.delta_heads:
-                getattr(attention, f"{head}_proj").register_forward_hook(hook)
+        corrected = {f"{head}_proj": hook for head, hook in CORRECTIONS.items() if head in memory.config.delta_heads}
+        for projection, hook in corrected.items():
+            getattr(attention, projection).register_forward_hook(hook)
+        attention._corrected = tuple((projection, getattr(attention, projection)) for projection in corrected)
     for stack in _stacks(modules, list(memories)):
         stack.register_forward_pre_hook(hand_down, with_kwargs=True)
     return list(memories)
@@ -97,7 +101,7 @@ def detach_memory(model: nn.Module) -> None:
                 ):
                     marks.pop(number, None)
     for _, attention in layers:
-        del attention.delta_memory
+        del attention.delta_memory, attention._corrected
 
 
 def _stacks(modules: dict[str, nn.Module], names: list[str]) -> list[nn.Module]:
@@ -151,17 +155,30 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
     x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     batch, tokens, _ = x.shape
     memory = attention._modules["delta_memory"]  # past the module's own way, half a microsecond
+    for name, projection in attention._corrected:
+        if attention._modules[name] is not projection:
+            raise RuntimeError(
+                f"{name} of layer {attention.layer_idx} was replaced after attach_memory, and would not be corrected: "
+                "detach_memory, and attach it again"
+            )
     cache, write = kwargs.get("past_key_values"), call is None or call.write
+    if cache is None and kwargs.get("cache") is not None:
+        raise ValueError("the states of a memory have no place in a paged cache (generate_batch): use generate")
     layer = None if cache is None else layer_of(cache, attention.layer_idx)
     state = None if layer is None else layer.state
     if state is None and call is not None and call.initial:
         state = call.initial[attention.layer_idx]
-    if state is not None and state.device != x.device:
+    if state is not None:
+        if state.shape[0] != batch:
+            raise ValueError(
+                f"the memory's states are of {state.shape[0]} sequences, and the model is called with {batch}: for "
+                "beams, or several answers to a prompt, repeat_interleave them"
+            )
         state = state.to(x.device)
     mask = _mask(attention, batch, tokens, cache, kwargs.get("attention_mask"))
     segments = _segments(memory.config, call, x, decoding=tokens == 1 and cache is not None) if write else {}
     decoding = None
-    if tokens == 1 and not segments and (state is None or state.shape[0] == batch):
+    if tokens == 1 and not segments:
         decoding = memory.decoding()
     if decoding is not None:
         slots = None if mask is None else torch.where(mask[:, 0], torch.arange(batch, device=mask.device), -1)
@@ -206,8 +223,8 @@ def _finish(attention: Any, args: tuple, output: Any) -> None:
         after = torch.zeros_like(after) if now.before is None else now.before
     if now.layer is not None:
         now.layer.advance(after, Step(now.x.shape[1], now.before, now.writes, now.write))
-    if now.call is not None and now.call.is_open:
-        now.call.states[attention.layer_idx] = after
+    if now.call is not None:
+        now.call.left(attention.layer_idx, after, now.layer)
 
 
 def _correct(head: str, projection: nn.Module, args: tuple, output: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import cache_utils
@@ -126,6 +126,9 @@ class MemoryCache:
         super().reset()  # type: ignore[misc]
         self.memory.clear()
 
+    def __reduce_ex__(self, protocol: object) -> tuple:
+        return _again, (type(self).__bases__[1], self.__dict__)  # a class made here is in no module
+
     def _select(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.memory.values():
             layer.select(change)
@@ -134,6 +137,14 @@ class MemoryCache:
 @functools.cache
 def _with_memory(cls: type) -> type:
     return type(f"{cls.__name__}WithMemory", (MemoryCache, cls), {"__module__": __name__})
+
+
+def _again(cls: type, fields: dict) -> object:
+    """A cache with a memory, from a pickle."""
+    cache: Any = object.__new__(cls)
+    cache.__dict__.update(fields)
+    cache.__class__ = _with_memory(cls)
+    return cache
 
 
 def layers_of(cache: object) -> dict[int, LayerMemory]:
@@ -162,7 +173,13 @@ def layer_of(cache: object, index: int) -> LayerMemory:
 
 
 def get_memory(cache: Cache) -> dict[int, Tensor]:
-    """The states in a cache: `[B, H, R, R]`, float32, for each layer's index. Empty before the first call."""
+    """The states in a cache: `[B, H, R, R]`, float32, for each layer's index. Empty before the first call.
+
+    Raises:
+        TypeError: it is no cache, but the output of a model for example.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a Cache of transformers (past_key_values), got {type(cache).__name__}")
     memory = cache.memory if isinstance(cache, MemoryCache) else {}
     return {index: layer.state for index, layer in memory.items() if layer.state is not None}
 

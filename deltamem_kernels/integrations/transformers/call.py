@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import warnings
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops._checks import INDICES, describe, fail
+from .cache import LayerMemory
 from .layers import memory_layers
 from .masks import new_call
 from .packing import sequence_starts
@@ -27,19 +29,22 @@ class MemoryCall:
             loss = model(input_ids, labels=labels, use_cache=False).loss
         states = call.states
 
+    It holds for this thread and this `async` task: generation in another thread does not see it (`set_memory` with a
+    cache of one's own does that). Do not `yield` inside of it: what runs meanwhile would be inside too.
+
     Args:
         model: a model with a memory.
         states: what a request starts from that has no cache, or one without a memory: `[B, H, R, R]` by the layers'
             index. None means zeros.
         write: False reads the memory and leaves it as it is.
         message_ids: `[B, T]` int32 or int64, the message of each token, or -1, for a memory that writes messages' or
-            sentences' means.
+            sentences' means. Behind them, while a request is generated token by token, each token writes.
         sentence_ids: likewise, the sentence of each token, counted through the call. A token without a message has no
             sentence.
 
     Attributes:
-        states: by the layers' index, the states behind the latest call. They carry gradients (not with reentrant
-            checkpointing of the layers).
+        states: by the layers' index, the states behind the latest call, and what its cache has made of them since
+            (drafts taken back, beams reordered). They carry gradients (not with reentrant checkpointing of the layers).
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -63,7 +68,7 @@ class MemoryCall:
         if not isinstance(write, bool):
             fail(TypeError, "write", "True or False", write)
         self.initial = states or {}
-        self.states: dict[int, Tensor] = {}
+        self._latest: dict[int, Tensor | LayerMemory] = {}
         self.write = write
         self.segment_ids = self._segments(message_ids, sentence_ids)
         self.num_segments = None
@@ -71,6 +76,16 @@ class MemoryCall:
             self.num_segments = int(self.segment_ids.max()) + 1 if self.segment_ids.numel() else 0
         self.is_open = False
         self._outer: MemoryCall | None = None
+
+    @property
+    def states(self) -> dict[int, Tensor]:
+        latest = {i: x.state if isinstance(x, LayerMemory) else x for i, x in self._latest.items()}
+        return {index: state for index, state in latest.items() if state is not None}
+
+    def left(self, index: int, state: Tensor, layer: LayerMemory | None) -> None:
+        """Told by a layer's call; `layer` is its memory in a cache."""
+        if self.is_open:
+            self._latest[index] = state if layer is None else layer
 
     def _segments(self, message_ids: Tensor | None, sentence_ids: Tensor | None) -> Tensor | None:
         granularity = self.layers[0].delta_memory.config.memory_write_granularity
@@ -102,14 +117,29 @@ class MemoryCall:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _innermost.set(self._outer)
-        self.is_open, self._outer = False, None
+        self.is_open = False
+        self._latest = dict(self.states)  # a cache may go on
+        if _innermost.get() is self:
+            outer, self._outer = self._outer, None
+            while outer is not None and not outer.is_open:
+                outer = outer._outer
+            _innermost.set(outer)
+        elif kind is None:
+            raise RuntimeError(
+                "a MemoryCall was closed while one opened inside of it was open: a `with` over a `yield`, or two in "
+                "turn? The model's calls since then used the states of the other one"
+            )
+        if kind is None and not self._latest:
+            warnings.warn(
+                "deltamem_kernels: no call of the model was made inside this MemoryCall; other threads do not see it",
+                stacklevel=2,
+            )
 
 
 def call_for(attention: nn.Module) -> MemoryCall | None:
     """The innermost open call of the model that the layer belongs to."""
     call = _innermost.get()
-    while call is not None and id(attention) not in call._of_model:
+    while call is not None and not (call.is_open and id(attention) in call._of_model):
         call = call._outer
     return call
 

@@ -57,9 +57,15 @@ def save_memory(states: dict[int, Tensor], path: str | Path) -> None:
     """Writes the states of a memory, from `get_memory` or `MemoryCall.states`, into a safetensors file.
 
     The file is replaced as a whole: an interrupted writing leaves the old one.
+
+    Raises:
+        TypeError, ValueError: these are no states, or none; the file stays as it is.
+        FileNotFoundError: there is no such folder.
     """
     if not isinstance(states, dict) or not all(type(i) is int and isinstance(x, Tensor) for i, x in states.items()):
         raise TypeError("states must be a dict of tensors by the layers' index")
+    if not states:
+        raise ValueError("states must be of a layer at least, got none: nothing was written yet")
     write_safetensors({f"layers.{index}": state for index, state in states.items()}, Path(path), FORMAT)
 
 

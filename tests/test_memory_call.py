@@ -1,0 +1,109 @@
+"""`MemoryCall`: whose calls it is for, and what it says of them."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import logits, one_thread, remembering, tokens
+from problems import error
+from torch import Tensor
+from transformers import DynamicCache
+
+from deltamem_kernels.integrations.transformers import MemoryCall, get_memory, set_memory
+
+__all__ = ["one_thread"]
+
+
+def some_states(model, batch: int = 1) -> dict[int, Tensor]:
+    return {index: torch.randn(batch, 1, 8, 8) for index in range(model.config.num_hidden_layers)}
+
+
+def stream(model, states, ids) -> Iterator[Tensor]:
+    with MemoryCall(model, states):
+        for _ in range(2):
+            yield logits(model, ids, use_cache=False)
+
+
+def test_a_call_over_a_yield_is_told_and_leaves_nothing_behind():
+    """Two conversations that each yield inside of their `with`, in turn: the first to close says what went wrong."""
+    model, ids = remembering(), tokens(1, 5)
+    before = logits(model, ids, use_cache=False)
+    first, second = (stream(model, some_states(model), ids) for _ in range(2))
+    next(first), next(second)
+    with pytest.raises(RuntimeError, match="one opened inside of it was open"):
+        list(first)
+    list(second)
+    assert torch.equal(logits(model, ids, use_cache=False), before)
+
+
+def test_a_context_that_outlives_the_call_has_none():
+    """As a task of asyncio has that was begun inside of the `with`."""
+    model, ids = remembering(), tokens(1, 5)
+    before = logits(model, ids, use_cache=False)
+    with MemoryCall(model, some_states(model)):
+        inside = logits(model, ids, use_cache=False)
+        copied = contextvars.copy_context()
+        assert torch.equal(copied.run(logits, model, ids, use_cache=False), inside)
+    assert not torch.equal(inside, before)
+    assert torch.equal(copied.run(logits, model, ids, use_cache=False), before)
+
+
+def test_another_thread_is_outside_and_a_cache_is_not():
+    model, ids, found = remembering(), tokens(1, 5), []
+    states = some_states(model)
+    with MemoryCall(model, states):
+        inside = logits(model, ids, use_cache=False)
+
+    def elsewhere(**options) -> None:
+        thread = threading.Thread(target=lambda: found.append(logits(model, ids, **options)))
+        thread.start()
+        thread.join()
+
+    with pytest.warns(UserWarning, match="other threads do not see it"), MemoryCall(model, states):
+        elsewhere(use_cache=False)
+    cache = DynamicCache(config=model.config)
+    set_memory(model, cache, states)
+    elsewhere(past_key_values=cache)
+    assert torch.equal(found[0], logits(model, ids, use_cache=False))
+    assert torch.equal(found[1], inside)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 3}], ids=str)
+def test_states_are_those_of_the_cache(options):
+    """Without drafts that were taken back, and of the beams that were chosen."""
+    model = remembering()
+    for _ in range(8):
+        ids = tokens(1, 4).repeat(1, 3)
+        with MemoryCall(model) as call:
+            out = model.generate(ids, max_new_tokens=7, do_sample=False, return_dict_in_generate=True, **options)
+        of_cache = get_memory(out.past_key_values)
+        assert call.states.keys() == of_cache.keys() != set()
+        for index, state in of_cache.items():
+            assert torch.equal(call.states[index], state)
+
+
+def test_states_stay_when_the_cache_goes_on():
+    model, ids = remembering(), tokens(1, 6)
+    cache = DynamicCache(config=model.config)
+    with MemoryCall(model) as call:
+        logits(model, ids[:, :4], past_key_values=cache)
+    left = {index: state.clone() for index, state in call.states.items()}
+    logits(model, ids[:, 4:], past_key_values=cache)
+    for index, state in call.states.items():
+        assert torch.equal(state, left[index])
+        assert error(get_memory(cache)[index], state) > 1e-3
+
+
+def test_states_of_another_batch_are_told():
+    model, ids = remembering(), tokens(1, 5)
+    states = some_states(model)
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    message = "of 1 sequences, and the model is called with 3: for beams, or several answers"
+    with pytest.raises(ValueError, match=message), MemoryCall(model, states):
+        model.generate(ids, **options)
+    with MemoryCall(model, {index: state.repeat_interleave(3, 0) for index, state in states.items()}):
+        assert model.generate(ids, **options).shape == (1, 9)
