@@ -174,7 +174,8 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
                 f"the memory's states are of {state.shape[0]} sequences, and the model is called with {batch}: for "
                 "beams, or several answers to a prompt, repeat_interleave them"
             )
-        state = state.to(x.device)
+        if state.device != x.device:
+            state = state.to(x.device)
     mask = _mask(attention, batch, tokens, cache, kwargs.get("attention_mask"))
     segments = _segments(memory.config, call, x, decoding=tokens == 1 and cache is not None) if write else {}
     decoding = None
