@@ -62,6 +62,7 @@ WRONG = {
     "a number of another kind": lambda call: {"scale": "0.5"},
     "a mode": lambda call: {"mode": "fast"},
     "a truth for a number": lambda call: {"head_dim": True},
+    "a truth for a slot": lambda call: {"pad_slot_id": True},
     "gradients": lambda call: {"x": call["x"].requires_grad_()},
 }
 
@@ -82,6 +83,25 @@ def test_a_mistake_after_a_good_call(what):
     before = call["state"].clone()
     with torch.set_grad_enabled(what == "gradients"), pytest.raises((ValueError, TypeError)):
         memory_decode(**call | change)
+    assert torch.equal(call["state"], before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pad_slot_id": True}, {"update_state": 1}, {"out": "q"}, {"state": torch.zeros(1, 1, R, R).expand(N, 1, R, R)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_mistake_after_a_good_step(change):
+    extension.library()
+    extension._library("cpu")
+    call = {name: torch.rand(N, 1, R) for name in ("q", "k", "v", "beta", "out")}
+    call |= {"state": torch.zeros(N, 1, R, R), "pad_slot_id": 1, "update_state": True}
+    with torch.no_grad():
+        delta_step(**call)
+        delta_step(**call)
+        before = call["state"].clone()
+        with pytest.raises((ValueError, TypeError)):
+            delta_step(**call | {name: call[x] if isinstance(x, str) else x for name, x in change.items()})
     assert torch.equal(call["state"], before)
 
 

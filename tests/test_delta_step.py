@@ -251,6 +251,34 @@ def good() -> dict:
         ({"out": torch.zeros(N, 1, 4)}, ValueError, ["out must be of q's shape", "[5, 1, 4]"]),
         ({"q": torch.zeros(N, 2, 1, 4, requires_grad=True)}, ValueError, ["delta_step has no gradient"]),
         ({"backend": "gpu"}, ValueError, ["backend must be one of", "gpu"]),
+        ({"pad_slot_id": None}, TypeError, ["pad_slot_id must be an int", "got NoneType None"]),
+        ({"pad_slot_id": "x"}, TypeError, ["pad_slot_id must be an int", "got str 'x'"]),
+        ({"pad_slot_id": 1.5}, TypeError, ["pad_slot_id must be an int", "got float 1.5"]),
+        ({"pad_slot_id": True}, TypeError, ["pad_slot_id must be an int", "got bool True"]),
+        ({"intermediate_states": [0.0]}, TypeError, ["intermediate_states must be a tensor", "got list"]),
+        ({"update_state": None}, TypeError, ["update_state must be True or False", "got NoneType None"]),
+        ({"update_state": 0}, TypeError, ["update_state must be True or False", "got int 0"]),
+        *(
+            ({name: torch.zeros(N, 2, 1, 4).to_sparse()}, TypeError, [f"{name} must be a dense tensor", "sparse_coo"])
+            for name in ("q", "k", "v", "beta", "decay", "out")
+        ),
+        (
+            {"state_indices": torch.arange(N).to_sparse()},
+            TypeError,
+            ["state_indices must be a dense tensor [N] or [N, T]", "got sparse_coo int64 [5]"],
+        ),
+        (
+            {"state_indices": torch.arange(10).view(N, 2), "num_accepted_tokens": torch.ones(N).int().to_sparse()},
+            TypeError,
+            ["num_accepted_tokens must be a dense tensor [N]", "got sparse_coo int32 [5]"],
+        ),
+        ({"out": torch.zeros(N, 1, 1, 4).expand(N, 2, 1, 4)}, ValueError, ["out must be a tensor with a place for"]),
+        ({"state": torch.zeros(1, 1, 4, 4).expand(SLOTS, -1, -1, -1)}, ValueError, ["state must be a tensor with a"]),
+        (
+            {"intermediate_states": torch.zeros(N, 1, 1, 4, 4).expand(N, 2, 1, 4, 4)},
+            ValueError,
+            ["intermediate_states must be a tensor with a place for each number, not an expanded one"],
+        ),
     ],
 )  # fmt: skip
 def test_bad_input(change, exception, words):
@@ -261,3 +289,55 @@ def test_bad_input(change, exception, words):
     for word in words:
         assert word in str(raised.value)
     assert torch.equal(call["state"], before)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_is_written_must_not_lie_under_an_operand(gradients):
+    """Looked at again after a call that differs in nothing else, and also where gradients could be recorded."""
+    call = good() | {"decay": torch.rand(N, 2, 1, 4), "out": torch.zeros(N, 2, 1, 4)}
+    call["intermediate_states"] = torch.zeros(N, 2, 1, 4, 4)
+    with torch.set_grad_enabled(gradients):
+        delta_step(**call)
+        before = {name: x.clone() for name, x in call.items()}
+        for name in ("q", "k", "v", "beta", "decay"):
+            with pytest.raises(ValueError, match=f"out must not share memory with {name}, which is read while out is"):
+                delta_step(**call | {"out": call[name]})
+            with pytest.raises(ValueError, match=f"state must not share memory with {name}"):
+                delta_step(**call | {name: call["state"].view(-1)[8:48].view(N, 2, 1, 4)})
+            with pytest.raises(ValueError, match=f"intermediate_states must not share memory with {name}"):
+                delta_step(**call | {name: call["intermediate_states"][..., 1]})
+        for name in ("state", "intermediate_states"):
+            with pytest.raises(ValueError, match=f"out must not share memory with {name}"):
+                delta_step(**call | {"out": call[name].view(-1)[-40:].view(N, 2, 1, 4)})
+        assert all(torch.equal(x, before[name]) for name, x in call.items())
+
+
+@pytest.mark.parametrize("T", [None, 1, 2])
+def test_one_storage_for_everything(T):
+    """Slices of a fused projection's rows beside each other and the reads, and a page for all states of a request."""
+    H, R, leading = 2, 4, (N,) if T is None else (N, T)
+    made = operands(T, H, R, "standard", True, False, "cpu")
+    pool = torch.randn(N, H, R, R)
+    states = torch.zeros(*leading, H, R, R)
+    expected_pool, expected_states = pool.clone(), states.clone()
+    expected = delta_step(expected_pool, **made, intermediate_states=expected_states)
+    fused = torch.cat([*(x.flatten(-2) for x in made.values()), torch.zeros(*leading, H * R)], -1)
+    *slices, out = (x.unflatten(-1, (H, R)) for x in fused.split(H * R, -1))
+    pages = torch.cat([pool.view(N, -1), states.view(N, -1), torch.zeros(N, 3)], 1)
+    pool = pages[:, : H * R * R].view(N, H, R, R)
+    states = pages[:, H * R * R : -3].view(*leading, H, R, R)
+    with torch.no_grad():
+        delta_step(pool, *slices, intermediate_states=states, out=out)
+    for ours, theirs in ((out, expected), (pool, expected_pool), (states, expected_states)):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_pool_that_is_only_read_may_be_expanded():
+    """Requests that all begin from one state."""
+    call, states = good(), torch.zeros(N, 2, 1, 4, 4)
+    start = torch.randn(1, 1, 4, 4)
+    call["state"] = start.expand(N, -1, -1, -1)
+    reads = delta_step(**call, intermediate_states=states, update_state=False)
+    each = start.repeat(N, 1, 1, 1)
+    assert torch.equal(reads, delta_step(**call | {"state": each}))
+    assert torch.equal(states[:, -1], each)

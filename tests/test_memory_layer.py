@@ -319,6 +319,12 @@ def meta(*shape: int) -> Tensor:
         ({"out": torch.zeros(N, 3)}, ValueError, ["out must be of base's shape", "[5, 3]"]),
         ({"x": torch.zeros(N, D, requires_grad=True)}, ValueError, ["memory_decode has no gradient"]),
         ({"backend": "gpu"}, ValueError, ["backend must be one of", "gpu"]),
+        ({"pad_slot_id": None}, TypeError, ["pad_slot_id must be an int", "got NoneType None"]),
+        ({"pad_slot_id": "x"}, TypeError, ["pad_slot_id must be an int", "got str 'x'"]),
+        ({"pad_slot_id": 1.5}, TypeError, ["pad_slot_id must be an int", "got float 1.5"]),
+        ({"pad_slot_id": True}, TypeError, ["pad_slot_id must be an int", "got bool True"]),
+        ({"state_indices": torch.arange(N).to_sparse()}, TypeError, ["state_indices must be a dense tensor", "sparse"]),
+        ({"state": torch.zeros(1, 1, 8, 8).expand(N, -1, -1, -1)}, ValueError, ["state must be a tensor with a place"]),
     ],
 )  # fmt: skip
 def test_bad_input_of_decode(change, exception, words):
@@ -330,6 +336,25 @@ def test_bad_input_of_decode(change, exception, words):
     for word in words:
         assert word in str(raised.value)
     assert before is None or torch.equal(call["state"], before)
+
+
+def test_the_pool_must_not_lie_under_an_operand():
+    memory = torch.randn(SLOTS * 64 + N * D)
+    call = {"state": memory[: SLOTS * 64].view(SLOTS, 1, 8, 8), "x": torch.randn(N, D), **parameters(1, 8, True)}
+    call |= {"base": torch.randn(N, D), "delta_weight": torch.randn(D, 8), "out": torch.zeros(N, D)}
+    under = memory[-N * D - 1 : -1].view(N, D)
+    before = memory.clone()
+    with torch.no_grad():
+        for change, words in (
+            ({"x": under}, "state must not share memory with x, which is read while state is written"),
+            ({"base": under}, "state must not share memory with base"),
+            ({"base": under, "out": under}, "state must not share memory with base"),
+            ({"out": under}, "out must not share memory with state"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                memory_decode(**call | change)
+        assert torch.equal(memory, before)
+        memory_decode(**call | {"x": memory[-N * D :].view(N, D)})
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,15 @@ def test_scale_starts_where_it_is_told():
         ({"segment_ids": torch.zeros(2, 5).long()}, "no num_segments"),
         ({"num_segments": 1}, "no segment_ids"),
         ({"segment_ids": torch.zeros(2, 4).long(), "num_segments": 1}, "segment_ids must be"),
+        (
+            {"segment_ids": torch.zeros(2, 5), "num_segments": 3, "write": False},
+            "segment_ids must be an int32 or int64",
+        ),
+        ({"segment_ids": torch.zeros(2, 5).long(), "num_segments": 1.5, "write": False}, "num_segments must be an int"),
+        ({"write": "no"}, "write must be True or False, got str 'no'"),
+        ({"write": 0}, "write must be True or False, got int 0"),
+        ({"state": torch.zeros(2, 1, 8, 8, device="meta")}, "^state must be on x's device cpu, got .* on meta"),
+        ({"mask": torch.ones(2, 5, device="meta") > 0}, "^mask must be on x's device cpu, got .* on meta"),
     ],
     ids=str,
 )
@@ -246,8 +255,20 @@ def test_bad_modules():
         DeltaMemory(DeltaMemConfig(), HIDDEN, {"q": 3})
     with pytest.raises(ValueError, match=r"base_weights\['q'\] must be the floating weight .*base_slice.*got NoneType"):
         DeltaMemory(DeltaMemConfig(output_init="base_slice"), HIDDEN, OUT)
-    with pytest.raises(TypeError, match="dtype must be a floating one"):
-        DeltaMemory(DeltaMemConfig(), HIDDEN, OUT, dtype=torch.uint8)
+    for dtype in (torch.uint8, torch.float8_e4m3fn, torch.complex64, "float32", None):
+        with pytest.raises(TypeError, match="dtype must be float16, bfloat16, float32 or float64, got"):
+            DeltaMemory(DeltaMemConfig(), HIDDEN, OUT, dtype=dtype)
+    with pytest.raises(TypeError, match="config must be a DeltaMemConfig, got dict"):
+        DeltaMemory({}, HIDDEN, OUT)
+    for size, kind in ((2.0, TypeError), (True, TypeError), ("8", TypeError), (0, ValueError)):
+        with pytest.raises(kind, match=f"hidden_size must be an int, at least 1, got .* {size!r}"):
+            DeltaMemory(DeltaMemConfig(), size, OUT)
+        with pytest.raises(kind, match=rf"out_features\['k'\] must be an int, at least 1, got .* {size!r}"):
+            DeltaMemory(DeltaMemConfig(), HIDDEN, OUT | {"k": size})
+    with pytest.raises(TypeError, match=r"out_features must be a dict of q, k, v, o, got list \[8\]"):
+        DeltaMemory(DeltaMemConfig(), HIDDEN, [8])
+    with pytest.raises(ValueError, match="out_features must name q, k, v, o, got q, 1"):
+        DeltaMemory(DeltaMemConfig(), HIDDEN, {"q": 3, 1: 3})
     with pytest.raises(ValueError, match="head must be one of q, k, v, o, got 'x'"):
         memory().correct(torch.zeros(1, 1, 32), torch.zeros(1, 1, 1, 8), "x")
 

@@ -57,6 +57,7 @@ class Decoding:
             or state.shape != (rows, *self.size, self.size[1])
             or x.dtype not in FLOATS
             or state.dtype not in FLOATS
+            or not state.is_contiguous()
             or not x.device == state.device == self.device
             or not nobody_listens(x)
         ):

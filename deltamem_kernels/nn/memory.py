@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._checks import check_float, check_mask, check_shape, fail
+from ..ops._checks import FLOATS, check_bool, check_device, check_float, check_mask, check_shape, fail
 from ..ops.attention_correction import attention_correction
 from ..ops.delta_update import delta_update
 from ..ops.memory_decode import memory_decode
 from ..ops.memory_projection import MemoryProjection, memory_projection
+from ..ops.segment_mean import check as check_segments
 from ..ops.segment_mean import segment_mean
 from .config import HEADS, DeltaMemConfig
 from .decoding import Decoding
@@ -81,10 +82,19 @@ class DeltaMemory(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating one, got {dtype}")
-        if sorted(out_features) != sorted(HEADS):
-            raise ValueError(f"out_features must name {', '.join(HEADS)}, got {', '.join(out_features) or 'nothing'}")
+        if not isinstance(config, DeltaMemConfig):
+            fail(TypeError, "config", "a DeltaMemConfig", config)
+        if not isinstance(out_features, Mapping):
+            fail(TypeError, "out_features", f"a dict of {', '.join(HEADS)}", out_features)
+        if set(out_features) != set(HEADS):
+            got = ", ".join(map(str, out_features)) or "nothing"
+            raise ValueError(f"out_features must name {', '.join(HEADS)}, got {got}")
+        sizes = {"hidden_size": hidden_size} | {f"out_features[{head!r}]": out_features[head] for head in HEADS}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                fail(ValueError if type(size) is int else TypeError, name, "an int, at least 1", size)
+        if dtype not in FLOATS:
+            fail(TypeError, "dtype", "float16, bfloat16, float32 or float64", dtype)
         self.config = config
         self.hidden_size = hidden_size
         width = config.num_state_heads * config.rank
@@ -179,7 +189,7 @@ class DeltaMemory(nn.Module):
         Raises:
             TypeError, ValueError: an argument that does not fit, before anything runs.
         """
-        self._check(x, state, mask, segment_ids, num_segments, starts)
+        self._check(x, state, mask, write, segment_ids, num_segments, starts)
         config = self.config
         state = self.zeros(x) if state is None else state
         q, k, v, beta, decay = self._project(x)
@@ -257,7 +267,8 @@ class DeltaMemory(nn.Module):
             raise ValueError(f"head must be one of {', '.join(HEADS)} and given with base, got {head!r}")
         config = self.config
         base = base if head in config.delta_heads else None
-        if slots is None and (decoding := self.decoding()):
+        tensors = isinstance(x, Tensor) and isinstance(state, Tensor) and (base is None or isinstance(base, Tensor))
+        if slots is None and tensors and (decoding := self.decoding()):
             reads = decoding.step(x, state, head, base)
             if reads is not None:
                 return reads
@@ -336,7 +347,7 @@ class DeltaMemory(nn.Module):
         super().__setstate__(state)
         self._pack()
 
-    def _check(self, x, state, mask, segment_ids, num_segments, starts) -> None:
+    def _check(self, x, state, mask, write, segment_ids, num_segments, starts) -> None:
         check_float("x", x, f"[B, T, hidden={self.hidden_size}]")
         if x.ndim != 3 or x.shape[2] != self.hidden_size:
             fail(ValueError, "x", f"[B, T, hidden={self.hidden_size}]", x)
@@ -346,11 +357,15 @@ class DeltaMemory(nn.Module):
             check_shape("state", state, ((x.shape[0], heads, rank, rank),), "[B, H, R, R]")
             if state.dtype not in (torch.float32, torch.float64):
                 fail(TypeError, "state", "float32 or float64", state)
+            check_device("state", state, x.device, "x")
         if mask is not None:
-            check_mask(mask, (x.shape[0], x.shape[1]), x.device)
+            check_mask(mask, (x.shape[0], x.shape[1]), x.device, "x")
+        check_bool("write", write)
         if (segment_ids is None) != (num_segments is None):
             missing = "num_segments" if num_segments is None else "segment_ids"
             raise ValueError(f"segment_ids and num_segments go together, got no {missing}")
+        if segment_ids is not None:
+            check_segments(x, segment_ids, num_segments, mask)
         if starts is not None:
             if not isinstance(starts, Tensor) or starts.dtype != torch.bool or starts.device != x.device:
                 fail(TypeError, "starts", f"a bool tensor [B, T] on x's device {x.device}", starts)

@@ -87,6 +87,27 @@ def check_device(name: str, x: Tensor, device: torch.device, of: str = "q") -> N
         fail(ValueError, name, f"on {of}'s device {device}", x)
 
 
+def check_indices(name: str, x: object, shapes: Sequence[tuple[int, ...]], wanted: str, device, of: str = "q") -> None:
+    """x is a dense tensor of whole numbers, one of the shapes, on the device of `of`. The values are the kernels'
+    affair."""
+    if not isinstance(x, Tensor) or x.dtype not in INDICES:
+        fail(TypeError, name, f"an int32 or int64 tensor {wanted}", x)
+    if x.layout is not torch.strided:
+        fail(TypeError, name, f"a dense tensor {wanted}", x)
+    check_shape(name, x, shapes, wanted)
+    check_device(name, x, device, of)
+
+
+def check_int(name: str, x: object) -> None:
+    if not isinstance(x, (int, torch.SymInt)) or isinstance(x, bool):
+        fail(TypeError, name, "an int", x)
+
+
+def check_bool(name: str, x: object) -> None:
+    if not isinstance(x, bool):
+        fail(TypeError, name, "True or False", x)
+
+
 def check_mode(mode: object) -> None:
     if not isinstance(mode, str):
         fail(TypeError, "mode", f"one of {', '.join(MODES)}", mode)

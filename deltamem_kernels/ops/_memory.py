@@ -35,16 +35,16 @@ def check_apart(name: str, out: Tensor, names: Sequence[str], operands: Sequence
 
 def _may_overlap(a: Tensor, b: Tensor) -> bool:
     """Of two tensors in one storage: False where they are certainly apart, one behind the other or as slices of the
-    same rows, as those of a fused projection's output are."""
+    same rows, as those of a fused projection's output are, whatever dimensions a row has."""
     if not a.numel() or not b.numel():
         return False
-    (a_start, a_span), (b_start, b_span) = _extent(a), _extent(b)
-    if a_start + a_span <= b_start or b_start + b_span <= a_start:
-        return False
-    pitch = a.stride(-2) * a.itemsize if a.ndim > 1 else 0
-    a_row, b_row = _extent(a, pitch), _extent(b, pitch)
-    apart = a_row[0] + a_row[1] <= b_row[0] or b_row[0] + b_row[1] <= a_row[0]
-    return not (pitch and apart and max(sum(a_row), sum(b_row)) <= pitch)
+    return not any(_apart(a, b, pitch) for pitch in (0, *(stride * a.itemsize for stride in a.stride())))
+
+
+def _apart(a: Tensor, b: Tensor, pitch: int) -> bool:
+    (a_start, a_span), (b_start, b_span) = _extent(a, pitch), _extent(b, pitch)
+    a_end, b_end = a_start + a_span, b_start + b_span
+    return (a_end <= b_start or b_end <= a_start) and (not pitch or max(a_end, b_end) <= pitch)
 
 
 def _extent(x: Tensor, pitch: int = 0) -> tuple[int, int]:

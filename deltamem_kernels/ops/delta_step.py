@@ -7,19 +7,21 @@ from torch import Tensor
 
 from ..backends import choose
 from ._checks import (
-    FLOATS,
-    INDICES,
     MAX_RANK,
     check_backend,
+    check_bool,
     check_device,
+    check_fits,
     check_float,
+    check_indices,
+    check_int,
     check_mode,
     check_once,
-    check_shape,
     describe,
     fail,
 )
 from ._library import define, library, nobody_listens
+from ._memory import check_writable
 
 
 def delta_step(
@@ -46,7 +48,8 @@ def delta_step(
 
     Args:
         state: the pool, `[slots, H, R, R]`, float32 (or bfloat16, float16, float64: rounded when written), any
-            strides. Row = value, column = key. Updated in place, never copied.
+            strides, but expanded only where it is not updated. Row = value, column = key. Updated in place, never
+            copied.
         q, k, v: `[N, H, R]`, or `[N, T, H, R]` for T tokens one after another.
         beta, decay, mode: as in `delta_update`, `[N, (T,) H, R]` or `[N, (T,) H]`.
         state_indices: int32 or int64. `[N]`: the slot of each row, which starts from it and leaves its last state
@@ -60,7 +63,8 @@ def delta_step(
         intermediate_states: `[N, T, H, R, R]` (`[N, H, R, R]` without T), any float dtype: gets the state after each
             token. With update_state=False the pool stays as it is, and the caller puts the accepted state there.
         update_state: whether the pool is written.
-        out: where the reads go: q's shape, any float dtype; None allocates them in q's dtype.
+        out: where the reads go: q's shape, any float dtype, any strides; under no operand and not expanded. None
+            allocates them in q's dtype.
         backend: as in `delta_update`.
 
     Returns:
@@ -72,20 +76,9 @@ def delta_step(
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
     check_once(
-        _checked,
-        _check,
-        state,
-        q,
-        k,
-        v,
-        beta,
-        decay,
-        mode,
-        state_indices,
-        num_accepted_tokens,
-        intermediate_states,
-        out,
-    )
+        _checked, _check, state, q, k, v, beta, decay, mode, state_indices, pad_slot_id, num_accepted_tokens,
+        intermediate_states, update_state, out,
+    )  # fmt: skip
     if backend is not None:
         check_backend(backend)
     if out is None:
@@ -101,7 +94,8 @@ def delta_step(
 _checked: set[bytes] = set()
 
 
-def _check(state, q, k, v, beta, decay, mode, state_indices, num_accepted_tokens, intermediate_states, out) -> None:
+def _check(state, q, k, v, beta, decay, mode, state_indices, pad_slot_id, num_accepted_tokens, intermediate_states,
+           update_state, out) -> None:  # fmt: skip
     check_float("q", q, "[N, H, R] or [N, T, H, R]")
     shape, device = q.shape, q.device
     if len(shape) not in (3, 4):
@@ -109,45 +103,40 @@ def _check(state, q, k, v, beta, decay, mode, state_indices, num_accepted_tokens
     heads, rank = shape[-2:]
     if not 1 <= rank <= MAX_RANK:
         fail(ValueError, "q", f"of rank R from 1 to {MAX_RANK} in its last dimension", q)
-    for name, x in (("k", k), ("v", v), ("out", out)):
-        if not (isinstance(x, Tensor) and x.dtype in FLOATS and x.shape == shape and x.device == device):
-            if x is None and name == "out":
-                continue
-            _refuse(name, x, (tuple(shape),), "of q's shape", device)
+    check_fits("k", k, (tuple(shape),), "of q's shape", device, "q")
+    check_fits("v", v, (tuple(shape),), "of q's shape", device, "q")
+    if out is not None:
+        check_fits("out", out, (tuple(shape),), "of q's shape", device, "q")
     check_mode(mode)
     if mode == "no_lambda" and decay is not None:
         fail(ValueError, "decay", "None in mode 'no_lambda', which keeps everything (λ = 1)", decay)
-    for name, x in (("beta", beta), ("decay", decay)):
-        if not (isinstance(x, Tensor) and x.dtype in FLOATS and x.shape == shape and x.device == device):
-            if x is None and name == "decay":
-                continue
-            _refuse(name, x, (tuple(shape), tuple(shape[:-1])), "[N, (T,) H, R] or [N, (T,) H]", device)
+    gates = (tuple(shape), tuple(shape[:-1]))
+    check_fits("beta", beta, gates, "[N, (T,) H, R] or [N, (T,) H]", device, "q")
+    if decay is not None:
+        check_fits("decay", decay, gates, "[N, (T,) H, R] or [N, (T,) H]", device, "q")
     check_float("state", state, "[slots, H, R, R]")
     if state.ndim != 4 or state.shape[1:] != (heads, rank, rank):
         fail(ValueError, "state", f"[slots, H, R, R] = [slots, {heads}, {rank}, {rank}]", state)
     if state.device != device:
         check_device("state", state, device)
+    if intermediate_states is not None:
+        states = (*shape[:-2], heads, rank, rank)
+        check_fits("intermediate_states", intermediate_states, (states,), "[N, (T,) H, R, R]", device, "q")
     if torch.is_grad_enabled() and (
         (q.requires_grad or k.requires_grad or v.requires_grad or beta.requires_grad or state.requires_grad)
         or any(x is not None and x.requires_grad for x in (decay, out, intermediate_states))
     ):
         raise ValueError("delta_step has no gradient: call it under torch.no_grad(), or delta_update for training")
     _check_slots(shape, device, state, state_indices, num_accepted_tokens)
+    check_int("pad_slot_id", pad_slot_id)
+    check_bool("update_state", update_state)
+    names, operands = ("q", "k", "v", "beta", "decay"), (q, k, v, beta, decay)
+    if update_state:
+        check_writable("state", state, names, operands)
     if intermediate_states is not None:
-        _refuse(
-            "intermediate_states",
-            intermediate_states,
-            ((*shape[:-2], heads, rank, rank),),
-            "[N, (T,) H, R, R]",
-            device,
-        )
-
-
-def _refuse(name, x, shapes, wanted, device) -> None:
-    """Says what does not fit, if something does not: the usual operand was looked at in one expression before."""
-    check_float(name, x, wanted)
-    check_shape(name, x, shapes, wanted)
-    check_device(name, x, device)
+        check_writable("intermediate_states", intermediate_states, names, operands)
+    if out is not None:
+        check_writable("out", out, (*names, "state", "intermediate_states"), (*operands, state, intermediate_states))
 
 
 def _check_slots(shape, device, state, state_indices, num_accepted_tokens) -> None:
@@ -156,15 +145,9 @@ def _check_slots(shape, device, state, state_indices, num_accepted_tokens) -> No
         if state.shape[0] < rows:
             raise ValueError(f"state must have a slot for each of the N={rows} rows, got {describe(state)}")
     else:
-        if not isinstance(state_indices, Tensor) or state_indices.dtype not in INDICES:
-            fail(TypeError, "state_indices", "an int32 or int64 tensor [N] or [N, T]", state_indices)
-        check_shape("state_indices", state_indices, ((rows,), (rows, tokens)), "[N] or [N, T]")
-        check_device("state_indices", state_indices, device)
+        check_indices("state_indices", state_indices, ((rows,), (rows, tokens)), "[N] or [N, T]", device)
     if num_accepted_tokens is not None:
-        if not isinstance(num_accepted_tokens, Tensor) or num_accepted_tokens.dtype not in INDICES:
-            fail(TypeError, "num_accepted_tokens", "an int32 or int64 tensor [N]", num_accepted_tokens)
-        check_shape("num_accepted_tokens", num_accepted_tokens, ((rows,),), "[N]")
-        check_device("num_accepted_tokens", num_accepted_tokens, device)
+        check_indices("num_accepted_tokens", num_accepted_tokens, ((rows,),), "[N]", device)
         if state_indices is None or state_indices.ndim != 2:
             raise ValueError(
                 "num_accepted_tokens needs state_indices [N, T], a slot for each drafted token, got "

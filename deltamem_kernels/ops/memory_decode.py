@@ -10,14 +10,14 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.arithmetic import accumulation_dtype
 from ._checks import (
-    INDICES,
     check_backend,
     check_device,
     check_fits,
     check_float,
+    check_indices,
+    check_int,
     check_mode,
     check_once,
-    check_shape,
     describe,
     fail,
 )
@@ -97,7 +97,8 @@ def memory_decode(
     """
     check_once(
         _checked, _check, state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize,
-        mode, state_indices, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out, backend,
+        mode, state_indices, pad_slot_id, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out,
+        backend,
     )  # fmt: skip
     gain, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     decode = decode_unchecked if nobody_listens(x) else torch.ops.deltamem_kernels.memory_decode
@@ -113,10 +114,11 @@ _checked: set[bytes] = set()
 
 
 def _check(state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize, mode,
-           state_indices, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out,
+           state_indices, pad_slot_id, base, delta_weight, scale, head_dim, norm_weight, norm_eps, cos, sin, out,
            backend):  # fmt: skip
     check_projection(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize)
     _check_step(state, x, qkv_weight, decay_weight, heads, mode, state_indices)
+    check_int("pad_slot_id", pad_slot_id)
     if base is None:
         _check_no_base(delta_weight, scale, norm_weight, head_dim, cos, sin, out)
     else:
@@ -149,11 +151,7 @@ def _check_step(state, x, qkv_weight, decay_weight, heads, mode, state_indices) 
         if slots < shape[0]:
             raise ValueError(f"state must have a slot for each of the N={shape[0]} rows, got {describe(state)}")
         return
-    if not isinstance(state_indices, Tensor) or state_indices.dtype not in INDICES:
-        fail(TypeError, "state_indices", "an int32 or int64 tensor [N]", state_indices)
-    check_shape("state_indices", state_indices, ((shape[0],),), "[N]")
-    if state_indices.device != device:
-        check_device("state_indices", state_indices, device, "x")
+    check_indices("state_indices", state_indices, ((shape[0],),), "[N]", device, "x")
 
 
 def _check_no_base(delta_weight, scale, norm_weight, head_dim, cos, sin, out) -> None:

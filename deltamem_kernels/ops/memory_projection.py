@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import choose
 from ..backends.arithmetic import accumulation_dtype
-from ._checks import MAX_RANK, check_backend, check_device, check_fits, check_float, check_once, fail, fits
+from ._checks import MAX_RANK, check_backend, check_bool, check_device, check_fits, check_float, check_once, fail, fits
 from ._library import define, library, nobody_listens
 
 
@@ -97,8 +97,7 @@ def check(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads
         fail(TypeError, "heads", "an int, the number of heads H", heads)
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
-    if not isinstance(normalize, bool):
-        fail(TypeError, "normalize", "True or False", normalize)
+    check_bool("normalize", normalize)
     check_float("qkv_weight", qkv_weight, "[3·H·R, D]")
     if qkv_weight.ndim != 2 or qkv_weight.shape[1] != shape[-1]:
         fail(ValueError, "qkv_weight", f"[3·H·R, D] with x's D={shape[-1]}", qkv_weight)

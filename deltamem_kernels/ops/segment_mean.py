@@ -53,7 +53,7 @@ def segment_mean(
         TypeError, ValueError: an argument that does not fit.
         BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
     """
-    _check(x, segment_ids, num_segments, mask)
+    check(x, segment_ids, num_segments, mask)
     if backend is not None:
         check_backend(backend)
     if torch.is_grad_enabled() and x.requires_grad:
@@ -63,7 +63,7 @@ def segment_mean(
     return SegmentMean(means, counts > 0)
 
 
-def _check(x, segment_ids, num_segments, mask) -> None:
+def check(x, segment_ids, num_segments, mask) -> None:
     check_float("x", x, "[B, T, D]")
     if x.ndim != 3:
         fail(ValueError, "x", "[B, T, D]", x)
