@@ -22,6 +22,7 @@ from ._checks import (
     fail,
 )
 from ._library import define, library, nobody_listens
+from ._memory import check_apart, check_writable
 from .attention_correction import check_options
 from .attention_correction_norm_rope import check_head_dim, check_heads
 from .memory_projection import check as check_projection
@@ -129,6 +130,9 @@ def _check(state, x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bia
         for operand in (*operands, norm_weight, cos, sin, out):
             if isinstance(operand, Tensor) and operand.requires_grad:
                 raise ValueError("memory_decode has no gradient: call it under torch.no_grad()")
+    check_writable("state", state, ("x", "base"), (x, base))
+    if out is not None:
+        check_apart("out", out, ("state",), (state,))
     if backend is not None:
         check_backend(backend)
 
