@@ -22,7 +22,7 @@ BY_STRATEGY: dict[str, dict[str, float]] = {
 """A memory that each token writes has to forget slowly from the start: gradients then reach the passage through the
 tokens of other text behind it. A correction is alpha / rank times what is read, which is the smaller the less is
 written. Where messages write, that text is one write, as large as the passage's: such a memory did not learn with
-it. TSW learns late: at step 70 with two seeds of three, at step 110 with the other."""
+it. TSW begins to learn late, between steps 70 and 85 by the seed: 150 steps are too few."""
 
 
 @dataclass(frozen=True)
