@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from deltamem_kernels.nn.files import replace_file
+
 from . import machine, measure, report
 from .progress import Progress
 from .registry import Operation, Shape, load_operations
@@ -98,7 +100,8 @@ def main(arguments: Sequence[str] | None = None, operations: Sequence[Operation]
     with Progress(total) as progress:
         for operation, shape in cases:
             rows += run_case(operation, implementations[operation.name], shape, settings, progress)
-            options.json.write_text(report.as_json(header, rows))  # what is measured stays, also of a run that is ended
+            found = report.as_json(header, rows)  # what is measured stays, also of a run that is ended
+            replace_file(options.json, lambda name, found=found: Path(name).write_text(found))
 
     print(f"{header['device']}, {header['cores']} cores, copy {header['copy_bandwidth_gb_s']} GB/s", end="")
     print(f"; torch {header['torch']}, Python {header['python']}, {header['os']}")

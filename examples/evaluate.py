@@ -30,7 +30,7 @@ from remembering.evaluation import (
 from remembering.machine import header
 from remembering.passes import collate, write
 from remembering.report import markdown
-from remembering.training import LOSSES, world_of
+from remembering.training import runs_of, world_of
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -53,13 +53,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    runs = [json.loads((folder / LOSSES).read_text()) for folder in given.folders]
-    settings = [run["settings"] for run in runs]
-    if len({(one["model"], one["dtype"], one["words"]) for one in settings}) > 1:
-        raise SystemExit("the folders are of different models, dtypes or words")
-    dtype = getattr(torch, settings[0]["dtype"])
-    model, tokenizer = load_backbone(settings[0]["model"], dtype, given.device)
-    world = world_of(tokenizer, settings[0]["words"])
+    runs = runs_of(given.folders)
+    settings = runs[0]["settings"]
+    model, tokenizer = load_backbone(settings["model"], getattr(torch, settings["dtype"]), given.device)
+    world = world_of(tokenizer, settings["words"])
     sets = {
         name: episodes(world, task, part, count, given.passages)
         for name, (task, part, count) in held_out_sets(given.facts, tuple(given.recall)).items()

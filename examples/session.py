@@ -19,7 +19,7 @@ from remembering.plots import plot_session
 from remembering.report import share
 from remembering.session import session
 from remembering.tasks import reference
-from remembering.training import LOSSES, world_of
+from remembering.training import runs_of, world_of
 
 from deltamem_kernels.integrations.transformers import detach_memory, load_adapter
 
@@ -39,9 +39,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    runs = [json.loads((folder / LOSSES).read_text())["settings"] for folder in given.folders]
-    if len({(one["model"], one["dtype"], one["words"]) for one in runs}) > 1:
-        raise SystemExit("the folders are of different models, dtypes or words")
+    runs = [run["settings"] for run in runs_of(given.folders)]
     model, tokenizer = load_backbone(runs[0]["model"], getattr(torch, runs[0]["dtype"]), given.device)
     some = episodes(world_of(tokenizer, runs[0]["words"]), "facts", "held-out", 1, given.passages, seed=2)
     batch = collate(tokenizer, some).to(given.device)

@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
             type=type(field.default),
             default=field.default,
             choices=choices,
-            help="default by the strategy" if field.name in BY_STRATEGY["tsw"] else f"default {field.default}",
+            help="default by the strategy" if field.name in BY_STRATEGY["ssw"] else f"default {field.default}",
         )
     parser.add_argument("--save-every", type=int, default=25, help="steps from checkpoint to checkpoint")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; with torchrun each process takes its own GPU")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from correction_problems import NAMES, make
-from test_memory_projection import NAMES as OF_A_PROJECTION
-from test_memory_projection import make as make_projection
+from projection_problems import NAMES as OF_A_PROJECTION
+from projection_problems import make as make_projection
 from torch import Tensor
 
 from deltamem_kernels import BackendUnavailableError, attention_correction, memory_projection

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the harness is not installed
 
 from benchmarks.__main__ import chosen, shapes
 from benchmarks.__main__ import parse as parse_benchmarks
-from benchmarks.gpu import cases, graph, hot, plan, results, steps
+from benchmarks.gpu import cases, graph, hot, plan, results, resume, steps
 from benchmarks.gpu.__main__ import MOST_SECONDS, main
 from benchmarks.gpu.steps import CANNOT, FAILED, OK, UNFINISHED, Finished, Record, Step
 from benchmarks.registry import load_operations
@@ -227,20 +227,20 @@ def test_teardown(ends_badly): pass
 """
 
 
+def run_suite(folder: Path, suite: str, *options: str) -> tuple[Path, plan.Outcome]:
+    """The file that goes on from call to call, and what the call is worth."""
+    (folder / "test_it.py").write_text(suite)
+    kept = folder / "kept.jsonl"
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.resume", "--outcomes", str(kept), *options]
+    command += ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder), "test_it.py"]
+    environment = plan.os.environ | {"PYTHONPATH": str(plan.ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return kept, plan.read_suite(Finished(done.returncode, done.stdout + done.stderr, 1.0, kept))
+
+
 def test_a_suite_goes_on_where_it_was_stopped(tmp_path):
-    (tmp_path / "test_it.py").write_text(SUITE)
     (tmp_path / "fixed").write_text("no")
-    kept = tmp_path / "kept.jsonl"
-
-    def run(*options: str) -> plan.Outcome:
-        command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.resume", "--outcomes", str(kept), *options]
-        command += ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "test_it.py"]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=plan.os.environ | {"PYTHONPATH": str(plan.ROOT)}, capture_output=True, text=True
-        )
-        return plan.read_suite(Finished(done.returncode, done.stdout + done.stderr, 1.0, kept))
-
-    first = run("-n", "2", "--dist", "loadfile")
+    kept, first = run_suite(tmp_path, SUITE, "-n", "2", "--dist", "loadfile")
     assert (first.status, first.note) == (FAILED, "1 passed, 2 failed, 1 skipped")
     why = {row["test"].split("::")[1]: row["why"] for row in first.rows if "test" in row}
     assert "why not" in why["test_skipped"]
@@ -248,7 +248,7 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path):
     (tmp_path / "fixed").write_text("yes")
     with kept.open("a") as file:
         file.write('{"test": "test_it.py::test_ri')  # a line that was being written
-    again = run("-k", "not teardown")
+    _, again = run_suite(tmp_path, SUITE, "-k", "not teardown")
     assert (again.status, again.note) == (FAILED, "2 passed, 1 failed, 1 skipped")
     assert kept.read_text().count('test_right"') == 1, "what had passed was run again"
     stopped = plan.read_suite(Finished(None, "", 440.0, kept))
@@ -266,15 +266,9 @@ def test_later(): pass
 
 
 def test_a_fault_on_the_gpu_spoils_no_other_test(tmp_path):
-    (tmp_path / "test_it.py").write_text(SPOILING)
-    kept = tmp_path / "kept.jsonl"
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.resume", "--outcomes", str(kept), "-n", "1"]
-    command += ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "test_it.py"]
-    environment = plan.os.environ | {"PYTHONPATH": str(plan.ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    outcomes = [json.loads(line) for line in kept.read_text().splitlines() if line]
-    last = {each["test"].split("::")[1]: each["outcome"] for each in outcomes}
-    assert last == {"test_right": "passed", "test_spoils": "failed", "test_later": "passed"}, done.stdout
+    kept, read = run_suite(tmp_path, SPOILING, "-n", "1")
+    last = {name.split("::")[1]: entry["outcome"] for name, entry in resume.read(kept).items()}
+    assert last == {"test_right": "passed", "test_spoils": "failed", "test_later": "passed"}, read.note
 
 
 # What the tools say
@@ -325,10 +319,21 @@ def test_a_wrong_benchmark_is_named(tmp_path):
 
 def test_a_benchmark_that_was_stopped_keeps_its_rows(tmp_path):
     file = tmp_path / "rows.json"
-    assert plan.read_benchmarks(Finished(None, "", 90.0, file)).status == FAILED
+    assert plan.read_benchmarks(Finished(None, "", 90.0, file, cut_short=True)).status == FAILED
     file.write_text(json.dumps({"header": {}, "rows": [{"implementation": "ours (cuda)", "status": "ok"}]}))
-    read = plan.read_benchmarks(Finished(None, "", 90.0, file))
+    read = plan.read_benchmarks(Finished(None, "", 90.0, file, cut_short=True))
     assert (read.status, read.note, len(read.rows)) == (UNFINISHED, "1 rows before its time was up", 1)
+    whole = plan.read_benchmarks(Finished(None, "", 300.0, file))  # another call would give it no more time
+    assert (whole.status, len(whole.rows)) == (FAILED, 1)
+
+
+def test_a_step_is_cut_short_by_the_call_alone(tmp_path):
+    machine, seen = Machine(seconds=1000.0), []
+    machine.status = {"a": None}
+    watched = step("a", limit=60.0, least=20.0, read=lambda finished: seen.append(finished) or steps.outcome(finished))
+    machine.run(tmp_path, 50.0, watched)
+    machine.run(tmp_path, 100.0, watched)
+    assert [finished.cut_short for finished in seen] == [True, False]
 
 
 # What it checks on the GPU, by the CPU's kernels

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +164,12 @@ def test_report_fails_on_a_spill(monkeypatch, capsys):
 def test_report_refuses_interpreted_kernels():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         compile_report.report()
+
+
+def test_report_refuses_what_a_launch_refuses():
+    kernel = SimpleNamespace(params=[SimpleNamespace(name="p_x")], fn=SimpleNamespace(__name__="some_kernel"))
+    with pytest.raises(TypeError, match="some_kernel has no arguments p_y"):
+        compile_report._compile(kernel, {"p_x": None, "p_y": None, "num_warps": 1}, 90)
 
 
 def test_what_the_loops_imply():

@@ -154,7 +154,7 @@ def _graph(target: Target) -> list[Step]:
 def read_benchmarks(finished: Finished) -> Outcome:
     """A row that is WRONG or failed is told by name; one that is not run has its reason in its own note."""
     read = outcome(finished)
-    if finished.status is None and read.rows:
+    if finished.cut_short and read.rows:
         read = Outcome(UNFINISHED, f"{len(read.rows)} rows before its time was up", read.rows)
     bad = [f"{row['implementation']} {row['status']}" for row in read.rows if row["status"] in ("WRONG", "failed")]
     return Outcome(FAILED, ", ".join(bad), read.rows) if bad else read

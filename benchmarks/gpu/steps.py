@@ -28,12 +28,13 @@ PROVENANCE = ("device", "driver", "cuda", "nvcc", "torch", "triton", "python", "
 
 @dataclass(frozen=True)
 class Finished:
-    """status: of the process, None if it was stopped at its limit."""
+    """status: of the process, None if it was stopped; cut_short: before its limit, as the call was over."""
 
     status: int | None
     output: str
     seconds: float
     rows: Path
+    cut_short: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,11 @@ def _run(step: Step, record: Record, budget: Budget, provenance: dict, execute: 
         keep.parent.mkdir(parents=True, exist_ok=True)
         places = {"{rows}": str(rows), "{keep}": str(keep)}
         command = [places.get(word, word) for word in step.command]
-        status, output = execute(command, dict(step.environment), min(step.limit, budget.left()))
+        limit = min(step.limit, budget.left())
+        status, output = execute(command, dict(step.environment), limit)
         seconds = budget.now() - began
-        read = step.read(Finished(status, output, seconds, keep if "{keep}" in step.command else rows))
+        written = keep if "{keep}" in step.command else rows
+        read = step.read(Finished(status, output, seconds, written, status is None and limit < step.limit))
         if record.copy and keep.exists():
             record.copy.mkdir(parents=True, exist_ok=True)
             shutil.copy(keep, record.copy)  # a suite goes on from it

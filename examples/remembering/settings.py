@@ -15,19 +15,20 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 """Each token writes; the mean of each message; four states side by side."""
 
 BY_STRATEGY: dict[str, dict[str, float]] = {
-    "tsw": {"beta_bias": -4.0, "alpha": 128.0, "gap": 32, "steps": 300},
+    "tsw": {},
     "ssw": {"beta_bias": -1.5, "alpha": 16.0, "gap": 0, "steps": 150},
-    "msw": {"beta_bias": -4.0, "alpha": 128.0, "gap": 32, "steps": 150},
+    "msw": {"steps": 150},
 }
-"""A memory that each token writes has to forget slowly from the start: gradients then reach the passage through the
-tokens of other text behind it. A correction is alpha / rank times what is read, which is the smaller the less is
-written. Where messages write, that text is one write, as large as the passage's: such a memory did not learn with
-it. TSW begins to learn late, between steps 70 and 85 by the seed: 150 steps are too few."""
+"""Where a strategy's defaults are not those of Settings. A memory that each token writes has to forget slowly from the
+start: gradients then reach the passage through the tokens of other text behind it. A correction is alpha / rank times
+what is read, which is the smaller the less is written. Where messages write, that text is one write, as large as the
+passage's: such a memory did not learn with it. TSW begins to learn late, between steps 70 and 85 by the seed: 150 steps
+are too few."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are those of `train.py`, of BY_STRATEGY those of TSW."""
+    """The defaults are those of `train.py` for TSW."""
 
     model: str = "smollm2"
     strategy: str = "tsw"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
@@ -31,6 +32,14 @@ LOSSES = "losses.json"
 def world_of(tokenizer, words: int) -> World:
     """The facts whose answers this tokenizer has as one token, of so many words for each relation."""
     return World(lambda word: len(tokens_of(tokenizer, f" {word}")) == 1, words)
+
+
+def runs_of(folders: list[Path]) -> list[dict[str, Any]]:
+    """What `train.py` left in each folder; they can be compared if they are of one model, dtype and number of words."""
+    runs = [json.loads((folder / LOSSES).read_text()) for folder in folders]
+    if len({(run["settings"]["model"], run["settings"]["dtype"], run["settings"]["words"]) for run in runs}) > 1:
+        raise SystemExit("the folders are of different models, dtypes or words")
+    return runs
 
 
 class Lessons:

@@ -74,6 +74,9 @@ def _compile(kernel, arguments: dict, arch: int) -> tuple[bytes, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    unknown = arguments.keys() - {parameter.name for parameter in kernel.params} - set(OPTIONS)
+    if unknown:  # a launch refuses them, the interpreter does not
+        raise TypeError(f"{kernel.fn.__name__} has no arguments {', '.join(sorted(unknown))}")
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
@@ -84,6 +87,8 @@ def _compile(kernel, arguments: dict, arch: int) -> tuple[bytes, int]:
             signature[name] = "*" + TYPES[value.dtype]
             if specialized:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             if specialized and value % 16 == 0:
