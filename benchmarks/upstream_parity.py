@@ -101,11 +101,14 @@ class Request:
         """Of the tokens that count `[tokens, vocabulary]`; the calls run within `prompt()` and `step()`."""
         from transformers import DynamicCache
 
+        from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
+
         cache, found = DynamicCache(config=model.config), []
         for start, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + STEPS))]:
             chunk, mask = self.ids[:, start:end], self.mask[:, :end]
             with step() if start else prompt():
-                found.append(model(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+                options = {"attention_mask": mask, "use_cache": True, cache_keyword(model): cache}
+                found.append(model(input_ids=chunk, **options).logits)
         return torch.cat(found, 1)[self.mask.bool()]
 
     def of_theirs(self, model: nn.Module) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from deltamem_kernels.integrations.transformers import attach_memory, memory_layers
+from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
 from deltamem_kernels.nn import DeltaMemConfig
 
 ARCHITECTURES = {
@@ -35,6 +37,7 @@ MEMORIES = [
 ]
 CLOSE = 2e-5  # of ‖logits‖: two orders of the same float32 sums, through two layers
 VOCABULARY = 99
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
 def backbone(kind: str = "llama", attention: str = "sdpa", **more):
@@ -66,7 +69,10 @@ def tokens(batch: int, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits(model, ids, **more):
+def logits(model, ids, *, cache=None, **more):
+    if cache is not None:
+        plain = getattr(model, "_orig_mod", model)  # a compiled model's forward has no signature of its own
+        more[cache_keyword(plain)] = cache
     return model(input_ids=ids, **more).logits
 
 

@@ -26,6 +26,7 @@ from deltamem_kernels.integrations.transformers import (
     set_memory,
     states,
 )
+from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
 from deltamem_kernels.nn import DeltaMemConfig
 
 FIELDS = [
@@ -181,7 +182,7 @@ def test_an_adapter_of_another_model(tmp_path):
 def test_a_saved_memory_goes_on_after_a_restart(tmp_path):
     model, ids = remembering(), tokens(2, 15)
     cache = DynamicCache(config=model.config)
-    logits(model, ids, past_key_values=cache)
+    logits(model, ids, cache=cache)
     save_memory(get_memory(cache), tmp_path / "memory.safetensors")
     save_adapter(model, tmp_path)
     restarted = bare(model)
@@ -190,7 +191,8 @@ def test_a_saved_memory_goes_on_after_a_restart(tmp_path):
     for one, kept in ((model, get_memory(cache)), (restarted, load_memory(tmp_path / "memory.safetensors"))):
         fresh = DynamicCache(config=one.config)
         set_memory(one, fresh, kept)
-        generated.append(one.generate(ids[:, :4], max_new_tokens=8, do_sample=False, past_key_values=fresh))
+        options = {"max_new_tokens": 8, "do_sample": False, cache_keyword(one): fresh}
+        generated.append(one.generate(ids[:, :4], **options))
     assert torch.equal(*generated)
     assert sorted(p.name for p in tmp_path.iterdir()) == [WEIGHTS, "delta_mem_config.json", "memory.safetensors"]
 
@@ -243,15 +245,13 @@ def test_no_states_are_no_file(tmp_path):
 def test_a_pickled_cache_goes_on(tmp_path):
     model, ids = remembering(), tokens(2, 9)
     cache = DynamicCache(config=model.config)
-    logits(model, ids[:, :6], past_key_values=cache)
+    logits(model, ids[:, :6], cache=cache)
     torch.save(cache, tmp_path / "cache.pt")
     again = torch.load(tmp_path / "cache.pt", weights_only=False)
     assert type(again) is type(cache)
-    assert torch.equal(
-        logits(model, ids[:, 6:], past_key_values=again), logits(model, ids[:, 6:], past_key_values=cache)
-    )
+    assert torch.equal(logits(model, ids[:, 6:], cache=again), logits(model, ids[:, 6:], cache=cache))
     again.crop(-5)
-    assert error(logits(model, ids[:, 4:], past_key_values=again), logits(model, ids)[:, 4:]) <= CLOSE
+    assert error(logits(model, ids[:, 4:], cache=again), logits(model, ids)[:, 4:]) <= CLOSE
 
 
 def test_spoilt_states(tmp_path):

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import logits, one_thread, remembering, tokens
+from models import VOCABULARY, logits, one_thread, remembering, tokens
 from problems import error
 from torch import Tensor
 from transformers import DynamicCache
 
 from deltamem_kernels.integrations.transformers import MemoryCall, get_memory, set_memory
+from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
 
 __all__ = ["one_thread"]
 
@@ -67,7 +68,7 @@ def test_another_thread_is_outside_and_a_cache_is_not():
         elsewhere(use_cache=False)
     cache = DynamicCache(config=model.config)
     set_memory(model, cache, states)
-    elsewhere(past_key_values=cache)
+    elsewhere(cache=cache)
     assert torch.equal(found[0], logits(model, ids, use_cache=False))
     assert torch.equal(found[1], inside)
 
@@ -76,11 +77,13 @@ def test_another_thread_is_outside_and_a_cache_is_not():
 def test_states_are_those_of_the_cache(options):
     """Without drafts that were taken back, and of the beams that were chosen."""
     model = remembering()
+    usual = {"max_new_tokens": 7, "do_sample": False, "return_dict_in_generate": True}
+    usual["eos_token_id"] = VOCABULARY  # which no model says
     for _ in range(8):
         ids = tokens(1, 4).repeat(1, 3)
         with MemoryCall(model) as call:
-            out = model.generate(ids, max_new_tokens=7, do_sample=False, return_dict_in_generate=True, **options)
-        of_cache = get_memory(out.past_key_values)
+            out = model.generate(ids, **usual, **options)
+        of_cache = get_memory(out[cache_keyword(model)])
         assert call.states.keys() == of_cache.keys() != set()
         for index, state in of_cache.items():
             assert torch.equal(call.states[index], state)
@@ -90,9 +93,9 @@ def test_states_stay_when_the_cache_goes_on():
     model, ids = remembering(), tokens(1, 6)
     cache = DynamicCache(config=model.config)
     with MemoryCall(model) as call:
-        logits(model, ids[:, :4], past_key_values=cache)
+        logits(model, ids[:, :4], cache=cache)
     left = {index: state.clone() for index, state in call.states.items()}
-    logits(model, ids[:, 4:], past_key_values=cache)
+    logits(model, ids[:, 4:], cache=cache)
     for index, state in call.states.items():
         assert torch.equal(state, left[index])
         assert error(get_memory(cache)[index], state) > 1e-3

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import ARCHITECTURES, CLOSE, MEMORIES, VOCABULARY, logits, one_thread, remembering, tokens
+from models import ARCHITECTURES, CLOSE, MEMORIES, TRANSFORMERS_5, VOCABULARY, logits, one_thread, remembering, tokens
 from problems import error
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
 from deltamem_kernels.integrations.transformers import MemoryCall, get_memory, set_memory
+from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
 
 __all__ = ["one_thread"]
 
@@ -39,7 +40,7 @@ def test_sliding_windows():
         whole = logits(model, ids, use_cache=False)
         static = StaticCache(config=model.config, max_cache_len=20)
         for cache, cuts in ((DynamicCache(config=model.config), [6, 3, *[1] * 5]), (static, [6, *[1] * 8])):
-            parts = [logits(model, part, past_key_values=cache) for part in ids.split(cuts, dim=1)]
+            parts = [logits(model, part, cache=cache) for part in ids.split(cuts, dim=1)]
             assert error(torch.cat(parts, 1), whole) <= CLOSE
 
 
@@ -59,15 +60,15 @@ def test_selecting_repeating_and_resetting():
     model, ids = remembering(), tokens(3, 6)
     whole = logits(model, ids, use_cache=False)
     cache = DynamicCache(config=model.config)
-    logits(model, ids[:, :4], past_key_values=cache)
+    logits(model, ids[:, :4], cache=cache)
     cache.batch_select_indices(torch.tensor([2, 0]))
     cache.batch_repeat_interleave(2)
-    rest = logits(model, ids[[2, 2, 0, 0], 4:], past_key_values=copy.deepcopy(cache))
+    rest = logits(model, ids[[2, 2, 0, 0], 4:], cache=copy.deepcopy(cache))
     assert error(rest, whole[[2, 2, 0, 0], 4:]) <= CLOSE
     assert [state.shape for state in get_memory(cache).values()] == [(4, 1, 8, 8)] * 2  # the copy has gone on alone
     cache = StaticCache(config=model.config, max_cache_len=8)
     for _ in range(2):
-        assert error(logits(model, ids, past_key_values=cache), whole) <= CLOSE
+        assert error(logits(model, ids, cache=cache), whole) <= CLOSE
         assert len(get_memory(cache)) == 2
         cache.reset()
         assert get_memory(cache) == {}
@@ -78,15 +79,15 @@ def test_crop_leaves_no_trace(fields):
     model, ids, drafts = remembering(**fields), tokens(2, 9), tokens(2, 30)
     for cuts in ([9], [4, 1, 4], [1] * 9):
         cache, straight = DynamicCache(config=model.config), DynamicCache(config=model.config)
-        logits(model, ids[:, :4], past_key_values=straight)
+        logits(model, ids[:, :4], cache=straight)
         for part in ids.split(cuts, dim=1):
-            logits(model, part, past_key_values=cache)
-        logits(model, drafts, past_key_values=cache)
+            logits(model, part, cache=cache)
+        logits(model, drafts, cache=cache)
         cache.crop(-32)  # the drafts, and two tokens before
         cache.crop(-3)  # and three
         for index, state in get_memory(cache).items():
             assert error(state, get_memory(straight)[index]) <= 1e-6
-        ours, theirs = (logits(model, ids[:, 4:], past_key_values=c) for c in (cache, straight))
+        ours, theirs = (logits(model, ids[:, 4:], cache=c) for c in (cache, straight))
         assert error(ours, theirs) <= CLOSE
 
 
@@ -94,9 +95,9 @@ def test_crop_of_more_than_is_kept():
     model, ids = remembering(), tokens(1, 4)
     cache = DynamicCache(config=model.config)
     for _ in range(3):
-        logits(model, ids, past_key_values=cache)
+        logits(model, ids, cache=cache)
     cache.batch_select_indices(torch.tensor([0]))
-    logits(model, ids, past_key_values=cache)
+    logits(model, ids, cache=cache)
     before = {index: state.clone() for index, state in get_memory(cache).items()}
     with pytest.raises(ValueError, match="the memory can take back 4 tokens here, not 5"):
         cache.crop(-5)
@@ -105,7 +106,7 @@ def test_crop_of_more_than_is_kept():
     cache.crop(-4)
     assert cache.get_seq_length() == 12
     for _ in range(200):
-        logits(model, ids[:, :1], past_key_values=cache)
+        logits(model, ids[:, :1], cache=cache)
     assert len(cache.memory[0].steps) == 128
     cache.crop(-128)
     with pytest.raises(ValueError, match="the memory can take back 0 tokens here, not 1"):
@@ -118,7 +119,10 @@ def test_assisted_decoding(draft):
     assistant = {"lookup": None, "same": copy.deepcopy(model), "other": remembering()}[draft]
     options = {"prompt_lookup_num_tokens": 4} if draft == "lookup" else {"assistant_model": assistant}
     usual = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": VOCABULARY}  # which no model says
-    assert torch.equal(model.generate(ids, **usual, **options), model.generate(ids, **usual))
+    assisted, plain = model.generate(ids, **usual, **options), model.generate(ids, **usual)
+    if not TRANSFORMERS_5:  # its prompt lookup may go beyond max_new_tokens, without a memory too
+        assisted = assisted[:, : plain.shape[1]]
+    assert torch.equal(assisted, plain)
 
 
 def test_two_conversations_on_one_model():
@@ -128,13 +132,13 @@ def test_two_conversations_on_one_model():
 
     def alone(parts):
         cache = DynamicCache(config=model.config)
-        return [logits(model, part, past_key_values=cache) for part in parts]
+        return [logits(model, part, cache=cache) for part in parts]
 
     exact = [alone(p) for p in parts]
     caches = [DynamicCache(config=model.config) for _ in ids]
     for turn in range(6):
         for conversation in (0, 1):
-            ours = logits(model, parts[conversation][turn], past_key_values=caches[conversation])
+            ours = logits(model, parts[conversation][turn], cache=caches[conversation])
             assert torch.equal(ours, exact[conversation][turn])
 
 
@@ -151,13 +155,13 @@ def test_memory_without_context():
     """A state is taken out, kept on disk, and given to a new conversation, which alone has its keys and values."""
     model, ids = remembering(), tokens(1, 20)
     cache = DynamicCache(config=model.config)
-    logits(model, ids, past_key_values=cache)
+    logits(model, ids, cache=cache)
     states = get_memory(cache)
     fresh = DynamicCache(config=model.config)
     set_memory(model, fresh, states)
     with MemoryCall(model, states) as call:
         without_cache = logits(model, ids[:, :5], use_cache=False)
-    assert error(logits(model, ids[:, :5], past_key_values=fresh), without_cache) <= CLOSE
+    assert error(logits(model, ids[:, :5], cache=fresh), without_cache) <= CLOSE
     assert error(without_cache, logits(model, ids[:, :5])) > 1e-3  # it does remember
     for index, state in get_memory(fresh).items():
         assert error(state, call.states[index]) <= 1e-6
@@ -165,20 +169,21 @@ def test_memory_without_context():
         ours = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False)
     again = DynamicCache(config=model.config)
     set_memory(model, again, states)
-    assert torch.equal(ours, model.generate(ids[:, :5], max_new_tokens=6, do_sample=False, past_key_values=again))
+    options = {"max_new_tokens": 6, "do_sample": False, cache_keyword(model): again}
+    assert torch.equal(ours, model.generate(ids[:, :5], **options))
 
 
 def test_writing_switched_off():
     model, ids = remembering(), tokens(2, 8)
     cache = DynamicCache(config=model.config)
-    logits(model, ids, past_key_values=cache)
+    logits(model, ids, cache=cache)
     before = {index: state.clone() for index, state in get_memory(cache).items()}
     with MemoryCall(model, write=False) as call:
-        logits(model, ids, past_key_values=cache)
+        logits(model, ids, cache=cache)
     for index, state in get_memory(cache).items():
         assert torch.equal(state, before[index])
         assert torch.equal(call.states[index], before[index])
-    logits(model, ids, past_key_values=cache)
+    logits(model, ids, cache=cache)
     assert not torch.equal(get_memory(cache)[0], before[0])
     cache.crop(-16)
     assert all(error(state, before[index]) <= 1e-6 for index, state in get_memory(cache).items())
@@ -197,7 +202,10 @@ class Rounded(QuantizedLayer):
         return tensor.float()
 
 
-@pytest.mark.parametrize("kind", ["fp8", "residual"])
+NEWER = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 has no cache in fp8")
+
+
+@pytest.mark.parametrize("kind", [pytest.param("fp8", marks=NEWER), "residual"])
 def test_quantised_caches(kind):
     """Keys and values lose digits, the states none: they are as if the memory had read what it did read alone."""
     model, ids = remembering(), tokens(2, 12)
@@ -213,7 +221,7 @@ def test_quantised_caches(kind):
         layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
     quantised = cache()
     for part in ids.split([5, *[1] * 7], dim=1):
-        logits(model, part, past_key_values=quantised)
+        logits(model, part, cache=quantised)
     for index, state in get_memory(quantised).items():
         assert state.dtype == torch.float32
         memory = model.model.layers[index].self_attn.delta_memory
@@ -225,8 +233,9 @@ def test_quantised_caches(kind):
     assert all(torch.equal(state.flip(0), before[index]) for index, state in get_memory(quantised).items())
     quantised.reset()
     assert get_memory(quantised) == {}
-    ours = model.generate(ids, max_new_tokens=6, do_sample=False, num_beams=2, past_key_values=cache())
-    assert ours.shape == (2, 18)
+    beams = 2 if TRANSFORMERS_5 else 1  # transformers 4 reorders the residue of integers even where it is empty
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, cache_keyword(model): cache()}
+    assert model.generate(ids, **options).shape == (2, 18)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -234,13 +243,13 @@ def test_a_padded_token_of_a_step(attention):
     """A row whose one token is padding reads nothing and writes nothing, whatever the others do."""
     model, ids = remembering(attention=attention), tokens(3, 7)
     cache = DynamicCache(config=model.config)
-    logits(model, ids[:, :6], past_key_values=cache)
+    logits(model, ids[:, :6], cache=cache)
     before = {index: state.clone() for index, state in get_memory(cache).items()}
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[1, 6] = 0
     straight = copy.deepcopy(cache)
-    padded = logits(model, ids[:, 6:], attention_mask=mask, past_key_values=cache)
-    whole = logits(model, ids[:, 6:], past_key_values=straight)
+    padded = logits(model, ids[:, 6:], attention_mask=mask, cache=cache)
+    whole = logits(model, ids[:, 6:], cache=straight)
     assert error(padded[[0, 2]], whole[[0, 2]]) <= CLOSE
     for index, state in get_memory(cache).items():
         assert torch.equal(state[1], before[index][1])

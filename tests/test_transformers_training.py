@@ -74,7 +74,7 @@ def test_messages_write_their_means(kind):
     attention.register_forward_pre_hook(lambda m, a, k: x.append(k["hidden_states"]), with_kwargs=True)
     cache = DynamicCache(config=model.config)
     with MemoryCall(model, **given):
-        logits(model, ids, past_key_values=cache)
+        logits(model, ids, cache=cache)
     exact = attention.delta_memory.read(x[0], segment_ids=segments, num_segments=3).state
     assert error(get_memory(cache)[0], exact) <= 1e-6
     with pytest.raises(ValueError, match="taken back only whole, 9 tokens"):

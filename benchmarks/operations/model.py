@@ -41,7 +41,7 @@ def _forward(kind: str, backbone: Backbone, inputs: Tensors, shape: Shape) -> Te
         cache = _new_cache(llm)
     else:
         cache = _rewound(*_context(kind, backbone, shape))
-    return {"logits": llm(inputs_embeds=x, past_key_values=cache, use_cache=True, logits_to_keep=1).logits}
+    return {"logits": llm(inputs_embeds=x, use_cache=True, logits_to_keep=1, **_keyword(llm, cache)).logits}
 
 
 def _training(kind: str, backbone: Backbone, inputs: Tensors, shape: Shape) -> Tensors:
@@ -63,7 +63,8 @@ def _attention(kind: str, backbone: Backbone, inputs: Tensors, shape: Shape) -> 
         cache, first = _rewound(*_context(kind, backbone, shape)), CACHED
     rotary = _rotary(backbone, first, shape.tokens, shape.dtype, shape.device)
     attention = llm.model.layers[0].self_attn
-    return {"out": attention(inputs["x"], position_embeddings=rotary, attention_mask=None, past_key_values=cache)[0]}
+    options = {"position_embeddings": rotary, "attention_mask": None, **_keyword(attention, cache)}
+    return {"out": attention(inputs["x"], **options)[0]}
 
 
 @functools.cache
@@ -80,7 +81,7 @@ def _context(kind: str, backbone: Backbone, shape: Shape) -> tuple[object, list[
     ids = torch.randint(backbone.vocabulary, (shape.batch, CACHED), generator=generator).to(shape.device)
     _from_zero(kind, llm)
     cache = _new_cache(llm)
-    llm(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    llm(input_ids=ids, use_cache=True, logits_to_keep=1, **_keyword(llm, cache))
     return cache, [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -89,6 +90,18 @@ def _rewound(cache, kept: list[tuple[Tensor, Tensor]]):
     for layer, (keys, values) in zip(cache.layers, kept, strict=True):
         layer.keys, layer.values = keys, values
     return cache
+
+
+def _keyword(module: nn.Module, cache: object) -> dict[str, object]:
+    """The cache as a keyword argument of this module."""
+    return {_keyword_of(module): cache}
+
+
+@functools.cache
+def _keyword_of(module: nn.Module) -> str:
+    from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
+
+    return cache_keyword(module)
 
 
 def _new_cache(llm: nn.Module):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from deltamem_kernels.integrations.transformers import MemoryCall, memory_layers
+from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
 
 from .tasks import Episode, Question
 
@@ -127,12 +128,13 @@ def run_stack(model, ids: Tensor, mask: Tensor, cache: DynamicCache | None = Non
     given = mask[:, held:] if held else mask
     positions = _positions(mask)[:, held:]
     assert given.shape == ids.shape
-    return model.get_decoder()(
+    decoder = model.get_decoder()
+    return decoder(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=cache is not None,
+        **{cache_keyword(decoder): cache},
     ).last_hidden_state
 
 

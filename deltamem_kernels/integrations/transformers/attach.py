@@ -17,6 +17,7 @@ from ...nn.config import HEADS
 from ...nn.decoding import Decoding
 from ...nn.writes import Writes
 from .cache import LayerMemory, Step, layer_of
+from .cache_keyword import given_cache
 from .call import KEYWORD, HandedDown, MemoryCall, call_for, hand_down
 from .layers import attention_layers, memory_layers
 from .masks import latest_mask
@@ -25,7 +26,7 @@ from .masks import latest_mask
 def attach_memory(model: nn.Module, config: DeltaMemConfig, *, dtype: torch.dtype = torch.float32) -> list[str]:
     """Gives each attention layer of a model a memory, its submodule `delta_memory`. The model is then used as before.
 
-    The states live in the cache that a request has (past_key_values), and start from zeros. Nothing is frozen here:
+    The states live in the cache of a request, and start from zeros. Nothing is frozen here:
     `model.requires_grad_(False)` before leaves the memory as what is trained.
 
     Args:
@@ -161,9 +162,7 @@ def _read(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
                 f"{name} of layer {attention.layer_idx} was replaced after attach_memory, and would not be corrected: "
                 "detach_memory, and attach it again"
             )
-    cache, write = kwargs.get("past_key_values"), call is None or call.write
-    if cache is None and kwargs.get("cache") is not None:
-        raise ValueError("the states of a memory have no place in a paged cache (generate_batch): use generate")
+    cache, write = given_cache(kwargs), call is None or call.write
     layer = None if cache is None else layer_of(cache, attention.layer_idx)
     state = None if layer is None else layer.state
     if state is None and call is not None and call.initial:

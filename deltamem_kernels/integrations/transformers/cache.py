@@ -152,11 +152,16 @@ def layers_of(cache: object) -> dict[int, LayerMemory]:
 
     Raises:
         TypeError: it is no cache of a decoder.
+        ValueError: it is the paged cache of `generate_batch`.
     """
     if isinstance(cache, MemoryCache):
         return cache.memory
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-        raise TypeError(f"past_key_values must be a Cache of transformers for one decoder, got {type(cache).__name__}")
+        from transformers.generation.continuous_batching import PagedAttentionCache  # imports its scheduler too
+
+        if isinstance(cache, PagedAttentionCache):
+            raise ValueError("the states of a memory have no place in a paged cache (generate_batch): use generate")
+        raise TypeError(f"cache must be a Cache of transformers for one decoder, got {type(cache).__name__}")
     memory: dict[int, LayerMemory] = {}
     cache.__class__ = _with_memory(type(cache))  # type: ignore[arg-type]
     cache.memory = memory  # type: ignore[attr-defined]
@@ -179,7 +184,7 @@ def get_memory(cache: Cache) -> dict[int, Tensor]:
         TypeError: it is no cache, but the output of a model for example.
     """
     if not isinstance(cache, Cache):
-        raise TypeError(f"cache must be a Cache of transformers (past_key_values), got {type(cache).__name__}")
+        raise TypeError(f"cache must be a Cache of transformers, got {type(cache).__name__}")
     memory = cache.memory if isinstance(cache, MemoryCache) else {}
     return {index: layer.state for index, layer in memory.items() if layer.state is not None}
 
@@ -189,7 +194,7 @@ def set_memory(model: nn.Module, cache: Cache, states: dict[int, Tensor]) -> Non
 
     Args:
         model: the model with the memory.
-        cache: what the model will be given as past_key_values.
+        cache: what the model will be called with.
         states: `[B, H, R, R]` for the index of each layer that has a memory, as `get_memory` gives them.
 
     Raises:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
 from ...nn import DeltaMemConfig, DeltaMemory
 from ...nn.config import HEADS
+from .cache_keyword import CACHE_KEYWORDS, cache_keyword
 
 
 def memory_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -51,8 +51,8 @@ def _misfit(attention: nn.Module) -> str | None:
             return f"has no {head}_proj"
         if not all(type(getattr(projection, n, None)) is int for n in ("in_features", "out_features")):
             return f"has a {head}_proj ({_kind(projection)}) without in_features and out_features"
-    if "past_key_values" not in inspect.signature(attention.forward).parameters:
-        return "does not take past_key_values, where the states are"
+    if cache_keyword(attention) is None:
+        return f"does not take {' or '.join(CACHE_KEYWORDS)}, where the states are"
     return None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...ops._checks import INDICES, fail
+from .cache_keyword import given_cache
 
 
 def sequence_starts(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -35,7 +36,7 @@ def sequence_starts(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Te
     mask = kwargs.get("attention_mask")
     if position_ids is not None and _has_axes(stack):
         position_ids = position_ids[0] if position_ids.ndim == 3 and len(position_ids) == 4 else None
-    if position_ids is None or position_ids.ndim != 2 or kwargs.get("past_key_values") is not None:
+    if position_ids is None or position_ids.ndim != 2 or given_cache(kwargs) is not None:
         return None
     use_cache = kwargs.get("use_cache")
     if getattr(stack.config, "use_cache", False) if use_cache is None else use_cache:
