@@ -1,5 +1,7 @@
-"""Builds the libraries ahead where torch is at hand (`pip install --no-build-isolation .`). Without torch or a compiler
-the package is plain Python, and compiles its sources on first use."""
+"""Compile the libraries at install time if torch is importable (`pip install --no-build-isolation .`).
+
+Without torch or a compiler the package installs as plain Python and compiles its sources on first use.
+"""
 
 import importlib.util
 import os
@@ -15,18 +17,18 @@ recipe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipe)
 
 
-def ahead() -> dict:
-    """Extensions and command for setuptools, or nothing."""
-    wanted = os.environ.get("DELTAMEM_BUILD_CUDA", "")
+def build_options() -> dict:
+    """Return setuptools' arguments for the extensions that can be compiled now."""
+    build_cuda = os.environ.get("DELTAMEM_BUILD_CUDA", "")
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError:
-        if wanted == "1":
+        if build_cuda == "1":
             raise
         return {}
     extensions = []
-    if not skipped("cpu", recipe.missing_tool()):
+    if not report_if_skipped("cpu", recipe.missing_tool()):
         extensions.append(
             CppExtension(
                 f"deltamem_kernels.{recipe.library_name()}",
@@ -36,10 +38,10 @@ def ahead() -> dict:
             )
         )
     without_cuda = None if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
-    lacking = "DELTAMEM_BUILD_CUDA=0" if wanted == "0" else without_cuda or recipe.missing_tool("cuda")
-    if lacking and wanted == "1":
-        raise SystemExit(f"deltamem_kernels: DELTAMEM_BUILD_CUDA=1, but {lacking}")
-    if not skipped("cuda", lacking):
+    reason = "DELTAMEM_BUILD_CUDA=0" if build_cuda == "0" else without_cuda or recipe.missing_tool("cuda")
+    if reason and build_cuda == "1":
+        raise SystemExit(f"deltamem_kernels: DELTAMEM_BUILD_CUDA=1, but {reason}")
+    if not report_if_skipped("cuda", reason):
         archs = recipe.cuda_archs() or recipe.CUDA_ARCHS
         extensions.append(
             CUDAExtension(
@@ -52,10 +54,11 @@ def ahead() -> dict:
     return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}} if extensions else {}
 
 
-def skipped(kind: str, lacking: str | None) -> bool:
-    if lacking:
-        print(f"deltamem_kernels: {kind} not compiled ahead: {lacking}", file=sys.stderr)
-    return bool(lacking)
+def report_if_skipped(kind: str, reason: str | None) -> bool:
+    """Print why a library is not compiled now, if there is a reason."""
+    if reason:
+        print(f"deltamem_kernels: {kind} not compiled ahead: {reason}", file=sys.stderr)
+    return bool(reason)
 
 
-setup(**ahead())
+setup(**build_options())

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks --help`. One operation a file under `operations/`."""
+"""Benchmarks: `python -m benchmarks --help`. `operations/` has one file for each operation."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: checks every implementation, times those that are right, prints, plots and saves."""
+"""`python -m benchmarks`: check every implementation, time the correct ones, and print, plot and save the results."""
 
 from __future__ import annotations
 
@@ -25,24 +25,29 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def parse(arguments: Sequence[str], operation_names: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
-    add("--op", nargs="+", metavar="NAME", help=f"only these, or parts of names: {', '.join(operation_names)}")
-    add("--impl", nargs="+", metavar="NAME", help="only these implementations, or parts of names")
-    add("--input", choices=("random", "smollm2"), default="random", help="smollm2: from a dialogue inside a real model")
+    add("--op", nargs="+", metavar="NAME", help=f"operations, or parts of their names: {', '.join(operation_names)}")
+    add("--impl", nargs="+", metavar="NAME", help="implementations, or parts of their names")
+    add("--input", choices=("random", "smollm2"), default="random", help="smollm2: hidden states of a real dialogue")
     add("--dtype", choices=DTYPES, default="float32")
     add("--mode", choices=("standard", "lambda_outside", "no_lambda"), default="standard")
-    add("--gates", choices=("row", "head"), default="row", help="a gate for each state row, or one a head")
+    add("--gates", choices=("row", "head"), default="row", help="one gate per state row, or one per head")
     add("--rank", type=int, default=8)
     add("--heads", type=int, default=1)
-    add("--batch", type=int, nargs="+", help="how many sequences (default: the operation's own, mostly 1)")
-    add("--tokens", type=int, nargs="+", help="sequence lengths (default: the operation's own, mostly 128 1024 8192)")
-    add("--most", type=int, default=2**21, help="tokens of a whole batch; larger ones are left out (default: 2^21)")
+    add("--batch", type=int, nargs="+", help="batch sizes (default: depends on the operation, mostly 1)")
+    add(
+        "--tokens",
+        type=int,
+        nargs="+",
+        help="sequence lengths (default: depends on the operation, mostly 128 1024 8192)",
+    )
+    add("--most", type=int, default=2**21, help="skip shapes with more tokens in a batch than this (default: 2^21)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=int, default=os.cpu_count(), help="CPU: the better of one thread and this many counts")
+    add("--threads", type=int, default=os.cpu_count(), help="CPU: use one thread or this many, whichever is faster")
     add("--seconds", type=float, help="time for each implementation and shape (default: 2)")
-    add("--samples", type=int, default=math.inf, help="at most so many of each, at least 3 (default: what time allows)")
-    add("--quick", action="store_true", help="a look: T=128, 0.1 s each, without what takes long to start")
+    add("--samples", type=int, default=math.inf, help="maximum number of samples, at least 3 (default: no maximum)")
+    add("--quick", action="store_true", help="only the first default shape, 0.1 s each, no slow starters")
     add("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE-INPUT-DTYPE.json")
-    add("--plot", type=Path, metavar="FILE", help="default: beside the JSON file, .png")
+    add("--plot", type=Path, metavar="FILE", help="default: the JSON file's name with the suffix .png")
     options = parser.parse_args(arguments)
     options.seconds = options.seconds or (0.1 if options.quick else 2.0)
     options.json = options.json or RESULTS / f"{options.device}-{options.input}-{options.dtype}.json"
@@ -57,26 +62,26 @@ def parse(arguments: Sequence[str], operation_names: Sequence[str]) -> argparse.
 
 
 def chosen(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
-    """The names that contain one of the parts; a part that is a whole name means that one alone."""
+    """Return the names that contain one of the parts. A part that equals a name selects only that name."""
     if parts is None:
         return list(names)
     return [name for name in names if any(part == name or (part in name and part not in names) for part in parts)]
 
 
 def shapes(operation: Operation, options: argparse.Namespace) -> list[Shape]:
-    """Of an operation, by the options or else its own; with --quick the first of its own."""
-    few = 1 if options.quick else None
+    """Return the shapes to run: the sizes from the options, or the operation's defaults (with --quick the first)."""
+    limit = 1 if options.quick else None
     kind = (options.heads, options.rank, getattr(torch, options.dtype), options.device, options.mode, options.gates)
     return [
         Shape(tokens, batch, *kind, options.input)
-        for batch in options.batch or operation.batches[:few]
-        for tokens in options.tokens or operation.tokens[:few]
+        for batch in options.batch or operation.batches[:limit]
+        for tokens in options.tokens or operation.tokens[:limit]
         if batch * tokens <= options.most
     ]
 
 
 def main(arguments: Sequence[str] | None = None, operations: Sequence[Operation] | None = None) -> int:
-    """The exit status: 0, or 1 where an implementation is wrong or failed."""
+    """Run the benchmarks. Return the exit status: 1 if an implementation is wrong or fails, else 0."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     operations = load_operations() if operations is None else operations
     options = parse(arguments, [operation.name for operation in operations])
@@ -89,7 +94,7 @@ def main(arguments: Sequence[str] | None = None, operations: Sequence[Operation]
     cases = [(operation, shape) for operation in operations for shape in shapes(operation, options)]
     total = 2 * sum(len(implementations[operation.name]) for operation, _ in cases)
     if not total:
-        raise SystemExit("nothing to do: no operation or no implementation has such a name, or all is over --most")
+        raise SystemExit("nothing to do: no operation or implementation matches, or every shape exceeds --most")
 
     torch.set_num_threads(options.threads)
     bandwidth = measure.copy_bandwidth(options.device)
@@ -100,7 +105,7 @@ def main(arguments: Sequence[str] | None = None, operations: Sequence[Operation]
     with Progress(total) as progress:
         for operation, shape in cases:
             rows += run_case(operation, implementations[operation.name], shape, settings, progress)
-            found = report.as_json(header, rows)  # what is measured stays, also of a run that is ended
+            found = report.as_json(header, rows)  # saved after every case, so an interrupted run keeps its results
             replace_file(options.json, lambda name, found=found: Path(name).write_text(found))
 
     print(f"{header['device']}, {header['cores']} cores, copy {header['copy_bandwidth_gb_s']} GB/s", end="")

@@ -1,4 +1,4 @@
-"""What a result must say about where it comes from, and nothing that names a person or a host."""
+"""The provenance recorded with a result: hardware, versions, commit and command, but no user or host name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:/[^/\s'\":,()]+)+/([^/\s'\":,()]+)"
 
 
 def without_paths(text: str) -> str:
-    """The text with only the last part of each absolute path."""
+    """Shorten each absolute path in a text to its last component."""
     return _ABSOLUTE_PATH.sub(r"\1", text)
 
 
@@ -41,18 +41,18 @@ def _operating_system() -> str:
 
 
 def _version(package: str) -> str | None:
-    """By the name it is imported by; what installed it may have called it otherwise."""
+    """Return the version of an import package. Its distribution may have another name."""
     if importlib.util.find_spec(package) is None:
         return None
     return next(iter(map(importlib.metadata.version, importlib.metadata.packages_distributions()[package])), None)
 
 
 def _git(*arguments: str) -> str | None:
-    return _said("git", "-C", str(ROOT), *arguments)
+    return _output("git", "-C", str(ROOT), *arguments)
 
 
-def _said(*command: str) -> str | None:
-    """What a program prints, or None where there is none or it fails."""
+def _output(*command: str) -> str | None:
+    """Return what a program prints, or None if it is missing or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True)
     except OSError:
@@ -61,20 +61,25 @@ def _said(*command: str) -> str | None:
 
 
 def driver() -> str | None:
-    """The NVIDIA driver's release."""
-    said = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return said.splitlines()[0] if said else None
+    """Return the version of the NVIDIA driver."""
+    output = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return output.splitlines()[0] if output else None
 
 
 def compiler() -> str | None:
-    """nvcc's release, as in 13.0."""
+    """Return nvcc's version, such as 13.0."""
     path = build.nvcc()
-    found = re.search(r"release ([\d.]+)", (_said(path, "--version") if path else None) or "")
+    found = re.search(r"release ([\d.]+)", (_output(path, "--version") if path else None) or "")
     return found and found[1]
 
 
 def provenance(device: str, commit: str | None = None) -> dict:
-    """What a figure's row must name. commit: where there is no git to ask."""
+    """Return the provenance that every row of figures carries.
+
+    Args:
+        device: "cpu" or "cuda".
+        commit: the commit to record if git is not available.
+    """
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
@@ -90,6 +95,7 @@ def provenance(device: str, commit: str | None = None) -> dict:
 
 
 def header(arguments: list[str], device: str, threads: int, bandwidth: float) -> dict:
+    """Return the header of a result file. bandwidth: of a copy, in bytes per second."""
     return provenance(device) | {
         "copy_bandwidth_gb_s": round(bandwidth / 1e9, 2),
         "cpu": cpu_model(),

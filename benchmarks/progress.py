@@ -1,4 +1,4 @@
-"""A progress bar on the terminal: rich's where rich is installed, else a line for each step."""
+"""Progress in the terminal: a bar if rich is installed, else one line for each step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a benchmark is made of: operations, their implementations, the shapes they run on.
+"""The parts of a benchmark: operations, their implementations, and the shapes they run on.
 
-To add an operation, add a file to `operations/` with a tuple OPERATIONS: inputs, oracle, bytes, implementations.
+To add an operation, add a file to `operations/` that defines a tuple OPERATIONS.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes and the kind of one case; an operation uses the fields it knows."""
+    """The sizes and options of one case. An operation uses the fields that apply to it."""
 
     tokens: int
     batch: int = 1
@@ -36,55 +36,65 @@ class Shape:
 
     def __str__(self) -> str:
         sizes = f"B={self.batch} T={self.tokens} H={self.heads} R={self.rank}"
-        return f"{sizes} {self.dtype_name}, {self.mode}, a gate a {self.gates}, {self.source} inputs"
+        return f"{sizes} {self.dtype_name}, {self.mode}, one gate per {self.gates}, {self.source} inputs"
 
 
-def _can_always_run(shape: Shape) -> str | None:
+def _runs_everywhere(shape: Shape) -> str | None:
     return None
 
 
-def _as_they_are(tensors: Tensors) -> Tensors:
+def _unchanged(tensors: Tensors) -> Tensors:
     return tensors
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """`run` is timed. `prepare` and `present` are not: they lend a peer with other conventions its own layout
-    before, and ours afterwards. `why_not` says in words why a shape cannot run here, or returns None. `graph`: on a
-    GPU, whether it is timed in a CUDA graph; None if its time decides."""
+    """One implementation of an operation."""
 
     name: str
     run: Callable[[Tensors, Shape], Tensors]
-    why_not: Callable[[Shape], str | None] = _can_always_run
+    """The timed call, from inputs to outputs."""
+    why_not: Callable[[Shape], str | None] = _runs_everywhere
+    """Returns why a shape cannot run on this machine, or None."""
     note: str = ""
     slow_start: bool = False
-    prepare: Callable[[Tensors], Tensors] = _as_they_are
-    present: Callable[[Tensors], Tensors] = _as_they_are
+    """Whether --quick skips the implementation."""
+    prepare: Callable[[Tensors], Tensors] = _unchanged
+    """Converts the inputs to the implementation's own layout; not timed."""
+    present: Callable[[Tensors], Tensors] = _unchanged
+    """Converts the outputs back; not timed."""
     graph: bool | None = None
+    """On a GPU, whether it is timed in a CUDA graph. None decides by its duration."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """`oracle` gets the inputs in float64 on the CPU; an implementation must return all of its outputs, by name.
-    Where `gradients_of` names inputs, they require gradients; otherwise everything runs in inference mode. `tokens` and
-    `batches` are the sizes it runs on unless told."""
+    """A benchmarked operation."""
 
     name: str
     inputs: Callable[[Shape], Tensors]
     oracle: Callable[[Tensors, Shape], Tensors]
+    """Computes the expected outputs from the inputs in float64 on the CPU. Implementations return the same names."""
     bytes_moved: Callable[[Shape], int]
+    """The fewest bytes that any implementation has to read and write."""
     implementations: tuple[Implementation, ...]
     baseline: str
+    """Name of the implementation that the speed of the others is relative to."""
     gradients_of: tuple[str, ...] = ()
+    """Inputs that require gradients. If there are none, everything runs in inference mode."""
     tokens: tuple[int, ...] = (128, 1024, 8192)
+    """Default sequence lengths."""
     batches: tuple[int, ...] = (1,)
+    """Default batch sizes."""
 
 
 def with_gradients(
     forward: Callable[[Tensors, Shape], Tensors], gradients_of: tuple[str, ...]
 ) -> Callable[[Tensors, Shape], Tensors]:
-    """Forward and backward: output `y` gets the cotangent among the inputs that is named `d_y`, and the gradient of
-    input `x` is returned as `d_x`."""
+    """Extend a forward function with its backward.
+
+    The cotangent of output `y` is the input named `d_y`. The gradient of input `x` is returned as output `d_x`.
+    """
 
     def run(inputs: Tensors, shape: Shape) -> Tensors:
         outputs = forward(inputs, shape)
@@ -96,6 +106,7 @@ def with_gradients(
 
 
 def load_operations() -> tuple[Operation, ...]:
+    """Load all operations from `operations/`."""
     from . import operations
 
     modules = sorted(module.name for module in pkgutil.iter_modules(operations.__path__))

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from .runner import Row
 
-LEAST_RESIDENT_BYTES = 2**16  # below, the resident size says little: see measure.peak_memory
+LEAST_RESIDENT_BYTES = 2**16  # smaller increases of the resident size are not reliable: see measure.peak_memory
 COLUMNS = (
     "implementation", "B", "T", "median", "spread", "tokens/s", "ns/token", "GB/s", "of floor", "memory", "kept",
     "error", "speed", "timed with",
 )  # fmt: skip
 
 
-def _scaled(value: float | None, units: Sequence[str], step: float = 1000.0) -> str:
-    """Three digits and the unit that suits: `_scaled(0.0012, ("ns", ...))` counts up from the first unit."""
+def scaled(value: float | None, units: Sequence[str], step: float = 1000.0) -> str:
+    """Format a value, given in the first unit, with three digits and the largest unit that keeps it at least 1."""
     if value is None:
         return "-"
     index = 0
@@ -29,7 +29,7 @@ def _scaled(value: float | None, units: Sequence[str], step: float = 1000.0) -> 
 
 
 def _digits(value: float) -> str:
-    """Three significant digits, never as a power of ten."""
+    """Format a number with three significant digits and without an exponent."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -39,19 +39,19 @@ def _digits(value: float) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     timings = row.timings
     seconds = None if row.seconds is None else row.seconds * 1e9
-    median = _scaled(seconds, ("ns", "µs", "ms", "s")) if row.status == "ok" else row.status
+    median = scaled(seconds, ("ns", "µs", "ms", "s")) if row.status == "ok" else row.status
     return (
         row.implementation,
         f"{row.shape.batch}",
         f"{row.shape.tokens}",
         median,
         "-" if timings["spread"] is None else f"{100 * timings['spread']:.1f} %",
-        _scaled(timings["tokens_per_second"], ("", "k", "M", "G")),
+        scaled(timings["tokens_per_second"], ("", "k", "M", "G")),
         "-" if timings["ns_per_token"] is None else _digits(timings["ns_per_token"]),
         "-" if timings["gb_per_second"] is None else _digits(timings["gb_per_second"]),
         "-" if timings["share_of_floor"] is None else f"{_digits(100 * timings['share_of_floor'])} %",
         _memory(row),
-        _scaled(row.kept_bytes, ("B", "KiB", "MiB", "GiB"), 1024.0),
+        scaled(row.kept_bytes, ("B", "KiB", "MiB", "GiB"), 1024.0),
         "-" if row.error is None else f"{row.error:.1e}",
         "-" if row.speed is None else f"{_digits(row.speed)}x",
         row.method or "-",
@@ -61,11 +61,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _memory(row: Row) -> str:
     if row.shape.device == "cpu" and row.peak_memory_bytes is not None and row.peak_memory_bytes < LEAST_RESIDENT_BYTES:
         return "< 64 KiB"
-    return _scaled(row.peak_memory_bytes, ("B", "KiB", "MiB", "GiB"), 1024.0)
+    return scaled(row.peak_memory_bytes, ("B", "KiB", "MiB", "GiB"), 1024.0)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A block for each operation; below, in words, what was not run and what the notes say."""
+    """Format the rows as one table per operation, followed by notes and by what was not run."""
     lines: list[str] = []
     for (operation, kind), group in groupby(rows, key=lambda row: (row.operation, _kind(row))):
         ran = [row for row in group if row.status != "not run"]
@@ -81,12 +81,12 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _kind(row: Row) -> str:
-    """The shape without its B and T, which are columns."""
+    """Describe a row's shape without B and T, which are columns."""
     return str(row.shape).replace(f"B={row.shape.batch} T={row.shape.tokens} ", "")
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
-    """`not run` and notes, each once, with the operations and lengths that it holds for."""
+    """Return one line for each note or reason, with the operations and lengths that it applies to."""
     remarks: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         if row.note:
@@ -107,25 +107,32 @@ def _cases(rows: Sequence[Row]) -> str:
 
 
 def as_json(header: dict, rows: Sequence[Row]) -> str:
-    return json.dumps({"header": header, "rows": [_json_row(row) for row in rows]}, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps({"header": header, "rows": [json_row(row) for row in rows]}, indent=1, ensure_ascii=False) + "\n"
 
 
-def _json_row(row: Row) -> dict:
+def json_row(row: Row) -> dict:
+    """Convert a row to a dict for JSON, including the figures derived from its time."""
     fields = asdict(row) | row.timings
     fields["shape"] = fields["shape"] | {"dtype": row.shape.dtype_name}
     return {name: _finite(value) for name, value in fields.items()}
 
 
 def _finite(value: object) -> object:
-    """JSON has no NaN and no infinity: they become words."""
+    """Replace NaN and infinity, which JSON lacks, by strings."""
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plot(header: dict, rows: Sequence[Row], path: Path) -> None:
-    """Time a token against T, a panel for each operation and B; or against B where that has more values. Raises
-    ImportError where matplotlib is missing."""
+    """Plot the time per token, with one panel for each operation.
+
+    The horizontal axis is T, with a panel for each B; if there are more batch sizes than lengths, it is B, with a panel
+    for each T.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,7 +151,7 @@ def plot(header: dict, rows: Sequence[Row], path: Path) -> None:
         _draw(panel, title, across, here, names)
     for panel in panels.flat[len(panels_of) :]:
         panel.set_axis_off()
-    panels[0][0].set_ylabel("ns a token (less is better)")
+    panels[0][0].set_ylabel("ns per token (less is better)")
     if panels_of:
         shown = {
             label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
@@ -157,7 +164,7 @@ def plot(header: dict, rows: Sequence[Row], path: Path) -> None:
 
 
 def _panels(timed: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
-    """Title, the size that the rows differ in (`tokens` or `batch`), and the rows of each panel."""
+    """Return for each panel its title, the size on its horizontal axis ("tokens" or "batch"), and its rows."""
     panels = []
     for operation in dict.fromkeys(row.operation for row in timed):
         here = [row for row in timed if row.operation == operation]
@@ -178,7 +185,7 @@ def _draw(panel, title: str, across: str, here: Sequence[Row], names: Sequence[s
         if points:
             panel.loglog(*zip(*points, strict=True), "os^Dvp*X"[index % 8] + "-", color=f"C{index}", label=name)
     floor = sorted({(size(row), 1e9 * row.floor_seconds / row.tokens) for row in here})
-    panel.loglog(*zip(*floor, strict=True), "k:", label="bytes moved once, at copy speed")
+    panel.loglog(*zip(*floor, strict=True), "k:", label="every byte moved once, at copy bandwidth")
     sizes = [x for x, _ in floor]
     panel.set_xticks(sizes, [f"{x:,}" if x < 10_000 else f"{x // 1024:,} Ki" for x in sizes])
     panel.minorticks_off()

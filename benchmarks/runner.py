@@ -1,4 +1,4 @@
-"""Checks and times every implementation of an operation on one shape."""
+"""Check and time every implementation of an operation on one shape."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from .machine import without_paths
 from .progress import Progress
 from .registry import Implementation, Operation, Shape, Tensors
 
-# Of the norm. 16-bit: wide enough for a loop that rounds its state at every token, far below any wrong formula.
+# Relative to the norm. The 16-bit limits admit a loop that rounds its state at every token; a wrong formula is far off.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
 @dataclass
 class Row:
-    """One implementation on one shape. status: ok, WRONG (not timed), failed (it raised: see note) or not run."""
+    """The result of one implementation on one shape."""
 
     operation: str
     implementation: str
     shape: Shape
     status: str
+    """"ok", "WRONG" (not timed), "failed" (it raised, see note) or "not run"."""
     note: str
     bytes_moved: int
     floor_seconds: float
+    """Time to move these bytes at the bandwidth of a copy."""
     error: float | None = None
     errors: dict[str, float] | None = None
     seconds: float | None = None
@@ -44,7 +46,7 @@ class Row:
 
     @property
     def timings(self) -> dict[str, float | None]:
-        """What follows from the median time."""
+        """Figures derived from the median time."""
         if self.seconds is None:
             return dict.fromkeys(("spread", "tokens_per_second", "ns_per_token", "gb_per_second", "share_of_floor"))
         low, high = self.quartiles
@@ -63,11 +65,12 @@ class Settings:
     thread_choices: Sequence[int]
     bandwidth: float
     quick: bool = False
-    samples: float = math.inf  # at most
+    samples: float = math.inf
+    """Maximum number of samples."""
 
 
 def relative_errors(outputs: Tensors, expected: Tensors) -> dict[str, float]:
-    """Norm of the difference over the norm of the truth, of each output the oracle has."""
+    """Return for each expected output the norm of the difference divided by the norm of the expected value."""
     errors = {}
     for name, truth in expected.items():
         if outputs[name].shape != truth.shape:
@@ -85,7 +88,7 @@ def run_case(
     settings: Settings,
     progress: Progress,
 ) -> list[Row]:
-    """A row for each implementation, in their order. Progress advances by two for each."""
+    """Return one row for each implementation, in order. Progress advances by two for each."""
     reasons = {implementation.name: why_not(implementation, shape, settings) for implementation in implementations}
     rows = [_empty_row(operation, each, shape, settings, reasons[each.name]) for each in implementations]
     runnable = [(each, row) for each, row in zip(implementations, rows, strict=True) if row.status == "ok"]
@@ -96,8 +99,9 @@ def run_case(
     progress.describe(f"{operation.name}, T={shape.tokens}: float64 reference")
     inputs = operation.inputs(shape)
     exact = {name: tensor.to("cpu", torch.float64) for name, tensor in inputs.items()}
-    expected = {name: output.detach() for name, output in operation.oracle(_leaves(exact, operation), shape).items()}
-    del exact
+    outputs = operation.oracle(leaf_inputs(exact, operation), shape)
+    expected = {name: output.detach() for name, output in outputs.items()}
+    del exact, outputs
     timed = []
     with torch.inference_mode(not operation.gradients_of):
         for implementation, row in runnable:
@@ -119,8 +123,9 @@ def run_case(
 
 
 def why_not(implementation: Implementation, shape: Shape, settings: Settings) -> str | None:
+    """Return why an implementation does not run on a shape, or None."""
     if settings.quick and implementation.slow_start:
-        return "takes long to start: left out by --quick"
+        return "slow to start: skipped by --quick"
     reason = implementation.why_not(shape)
     return reason and without_paths(reason)
 
@@ -133,8 +138,8 @@ def _empty_row(
     return Row(operation.name, implementation.name, shape, status, note, moved, moved / settings.bandwidth)
 
 
-def _leaves(inputs: Tensors, operation: Operation) -> Tensors:
-    """Copies, of which those that need gradients ask for them."""
+def leaf_inputs(inputs: Tensors, operation: Operation) -> Tensors:
+    """Copy the inputs as leaves, of which the operation's `gradients_of` require gradients."""
     names = operation.gradients_of
     return {name: tensor.detach().clone().requires_grad_(name in names) for name, tensor in inputs.items()}
 
@@ -148,9 +153,9 @@ def _check(
     row: Row,
     settings: Settings,
 ) -> measure.CpuStopwatch | measure.CudaStopwatch | None:
-    """Compares one result with the oracle's and measures its memory; a stopwatch only where it is right."""
+    """Compare one result with the oracle's and measure its memory. Return a stopwatch if the result is correct."""
     try:
-        prepared = implementation.prepare(_leaves(inputs, operation))
+        prepared = implementation.prepare(leaf_inputs(inputs, operation))
         outputs = implementation.present(implementation.run(prepared, shape))
         row.errors = relative_errors(outputs, expected)
         del outputs
@@ -164,10 +169,10 @@ def _check(
         if shape.device != "cuda":
             return measure.CpuStopwatch(lambda: implementation.run(prepared, shape), settings.thread_choices)
         copies = measure.copies_past_cache(sum(tensor.nbytes for tensor in inputs.values()), shape.device)
-        many = [implementation.prepare(_leaves(inputs, operation)) for _ in range(copies)]
+        many = [implementation.prepare(leaf_inputs(inputs, operation)) for _ in range(copies)]
         calls = [lambda each=each: implementation.run(each, shape) for each in many]
         return measure.CudaStopwatch(calls, implementation.graph)
-    except Exception as error:  # one implementation must not take the others' figures with it
+    except Exception as error:  # a failing implementation must not discard the figures of the others
         first_line = (str(error).splitlines() or [""])[0]
         row.status, row.note = "failed", without_paths(f"{type(error).__name__}: {first_line}")
         return None

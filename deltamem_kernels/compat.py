@@ -1,9 +1,10 @@
-"""Upstream's scan by its own names: code that imports `deltamem.kernels.affine_scan` changes one import.
+"""The scan under the names of the δ-mem authors' module `deltamem.kernels.affine_scan`: a drop-in replacement.
 
     from deltamem_kernels.compat import triton_affine_scan, triton_scan_support
 
-Any device and any backend will do, in spite of the names. Unlike upstream's, the arithmetic and the state inside a
-call are float32, backward keeps one state for every 64 tokens, and results are the same bits on every run.
+Despite the names, all devices and backends are supported. Unlike in the authors' module, the arithmetic and the state
+within a call are float32 (float64 for float64 inputs), backward keeps one state for every 64 tokens, and results are
+bitwise deterministic.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["TritonScanSupport", "triton_affine_scan", "triton_scan_support"]
 
 @dataclass(frozen=True)
 class TritonScanSupport:
-    """Whether `triton_affine_scan` takes these tensors and, if not, the reason."""
+    """Whether `triton_affine_scan` supports given tensors, and the reason if it does not."""
 
     supported: bool
     reason: str = ""
@@ -30,7 +31,11 @@ class TritonScanSupport:
 def triton_scan_support(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
 ) -> TritonScanSupport:
-    """Checks what `triton_affine_scan` would be given: shapes, dtypes and devices."""
+    """Check shapes, dtypes and devices of the arguments of `triton_affine_scan`.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+    """
     tensors = {"state": state, "q": q, "k": k, "v": v, "keep": keep, "erase": erase, "write": write}
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
@@ -66,19 +71,22 @@ def triton_affine_scan(
     write: Tensor,
     token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reads and writes with the three gates given one by one.
+    """Apply the δ-mem rule with the three gates `keep`, `erase` and `write` as separate arguments.
+
+    Each token first reads the state with its query, then updates it with its key and value.
 
     Args:
-        state: `[batch, rank, rank]`, before the first token. Row = value, column = key.
+        state: `[batch, rank, rank]`, the state before the first token. Rows index values, columns index keys.
         q, k, v, keep, erase, write: `[batch, seq, rank]`, float16, bfloat16, float32 or float64.
-        token_mask: `[batch, seq]`, nonzero where a token counts; others read zeros and write nothing.
+        token_mask: `[batch, seq]`, zero for masked tokens, which read zeros and write nothing. Any dtype.
 
     Returns:
-        The state behind the last token, in the dtype of state, and the reads `[batch, seq, rank]`, in that of v.
+        The state after the last token, in state's dtype, and the reads `[batch, seq, rank]`, in v's dtype.
 
     Raises:
-        RuntimeError: tensors that `triton_scan_support` refuses.
-        TypeError, ValueError: what is no tensor, and a token_mask of another shape.
+        RuntimeError: `triton_scan_support` does not support the tensors.
+        TypeError: an argument is not a tensor.
+        ValueError: token_mask has the wrong shape.
     """
     support = triton_scan_support(state, q, k, v, keep, erase, write)
     if not support.supported:

@@ -1,9 +1,10 @@
-"""A chat in the terminal whose turns know of each other through the memory alone: each has a context of its own.
+"""Chat in the terminal. Each turn has its own context; only the memory connects the turns.
 
     python examples/chat.py <model folder or name> [--adapter folder]
 
-/on and /off switch the memory, /save and /load FILE keep it on disk, /forget empties it, /state shows it, /quit ends.
-Without an adapter the memory is random: it fills up, and the model has not learned to use it.
+/on and /off switch the memory on and off. /save FILE and /load FILE write it to disk and read it back. /forget clears
+it, /state shows it, and /quit ends the program. Without an adapter the memory has random weights: it is written, but
+the model has not learned to use it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from deltamem_kernels.nn import DeltaMemConfig
 SHADES = " ░▒▓█"
 
 
-def picture(states: dict[int, torch.Tensor]) -> str:
-    """The states of each layer's heads side by side, R lines a layer; the darkest is the largest number of all."""
+def draw_states(states: dict[int, torch.Tensor]) -> str:
+    """Draw each layer's states, R lines per layer, with the heads side by side. The largest number is the darkest."""
     largest = max((float(state.abs().max()) for state in states.values()), default=0.0) or 1.0
     lines = []
     for index, state in sorted(states.items()):
@@ -36,22 +37,22 @@ def picture(states: dict[int, torch.Tensor]) -> str:
     return "\n".join(lines) or "(empty)"
 
 
-def command(model: torch.nn.Module, line: str, states: dict, on: bool) -> tuple[dict, bool]:
-    """What a line that begins with / does."""
+def run_command(model: torch.nn.Module, line: str, states: dict, on: bool) -> tuple[dict, bool]:
+    """Run a line that begins with /. Return the states and whether the memory is on."""
     name, _, path = line.partition(" ")
     if name in ("/on", "/off"):
         return states, name == "/on"
     if name == "/forget":
         return {}, on
     if name == "/state":
-        print(picture(states))
+        print(draw_states(states))
     elif name in ("/save", "/load") and path:
         try:
             if name == "/save":
                 save_memory(states, path)
             else:
                 loaded = load_memory(path)
-                MemoryCall(model, loaded)  # raises where they do not fit
+                MemoryCall(model, loaded)  # raises if the states do not fit the model
                 states = loaded
         except (OSError, ValueError) as error:
             print(error)
@@ -60,7 +61,7 @@ def command(model: torch.nn.Module, line: str, states: dict, on: bool) -> tuple[
     return states, on
 
 
-def ask() -> str:
+def read_line() -> str:
     try:
         return input("> ").strip()
     except EOFError:
@@ -70,8 +71,8 @@ def ask() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--adapter", help="a folder that save_adapter, or the δ-mem authors' code, wrote")
-    parser.add_argument("--tokens", type=int, default=200, help="the longest answer")
+    parser.add_argument("--adapter", help="a folder written by save_adapter or by the δ-mem authors' code")
+    parser.add_argument("--tokens", type=int, default=200, help="maximum length of an answer, in tokens")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval().requires_grad_(False)
@@ -81,9 +82,9 @@ def main() -> None:
         attach_memory(model, DeltaMemConfig(delta_heads=("q", "o")))
     states, on = {}, True
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    while (line := ask()) != "/quit":
+    while (line := read_line()) != "/quit":
         if line.startswith("/"):
-            states, on = command(model, line, states, on)
+            states, on = run_command(model, line, states, on)
         elif line:
             turn = [{"role": "user", "content": line}]
             prompt = tokenizer.apply_chat_template(

@@ -1,10 +1,11 @@
-"""Training throughput against the δ-mem authors' code: the same task, weights and machine, turn by turn in one run.
+"""Compare training throughput with the δ-mem authors' code: same task, weights and machine, alternating in one run.
 
     python examples/throughput.py --upstream .peers/delta-Mem --json throughput.json
 
-Their code wraps SmolLM3 and Qwen3: SmolLM2's weights are put into SmolLM3's class, with rotary in every layer. A step
-is a write pass, a question pass from the states, backward and AdamW, float32, no padding (their code reads boolean
-masks inverted). CPU time is told beside the clock: on a busy machine it is what can be compared.
+The authors' code supports SmolLM3 and Qwen3, so SmolLM2's weights are loaded into the SmolLM3 class, with rotary
+embeddings in every layer. A step writes a passage, answers a question from the states, and runs backward and AdamW, all
+in float32. There is no padding, because the authors' code reads boolean masks inverted. CPU time is reported next to
+wall-clock time: on a busy machine only CPU times are comparable.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from deltamem_kernels.nn import DeltaMemConfig
 MEMORY = {"rank": 8, "delta_heads": ("q", "o")}
 
 
-def smollm3(name: str) -> SmolLM3ForCausalLM:
+def load_smollm3(name: str) -> SmolLM3ForCausalLM:
+    """Load a SmolLM2 model into the SmolLM3 class."""
     model, _ = load_backbone(name)
     shared = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
     shared |= {"vocab_size", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "rope_parameters"}
@@ -46,7 +48,7 @@ def smollm3(name: str) -> SmolLM3ForCausalLM:
 
 
 def ours(name: str) -> tuple[torch.nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    model = smollm3(name)
+    model = load_smollm3(name)
     attach_memory(model, DeltaMemConfig(**MEMORY))
 
     def loss(passage: Tensor, question: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def ours(name: str) -> tuple[torch.nn.Module, Callable[[Tensor, Tensor], Tensor]
 def upstream(name: str) -> tuple[torch.nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     from deltamem.core import delta  # type: ignore[import-not-found]
 
-    model = smollm3(name)
+    model = load_smollm3(name)
     delta.attach_delta_mem(model, delta.HFDeltaMemConfig(**MEMORY))
     delta.freeze_non_delta_mem_params(model)
 
@@ -106,7 +108,7 @@ def main() -> None:
         clock: dict[str, list[float]] = {name: [] for name in trained}
         processor: dict[str, list[float]] = {name: [] for name in trained}
         first = {}
-        for turn in range(given.steps + 1):  # the first one warms up
+        for turn in range(given.steps + 1):  # the first step is a warm-up
             for name, (_, loss) in trained.items():
                 begin, begin_cpu = time.perf_counter(), time.process_time()
                 value = loss(passage, question)

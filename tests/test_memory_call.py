@@ -35,7 +35,7 @@ def test_a_call_over_a_yield_is_told_and_leaves_nothing_behind():
     before = logits(model, ids, use_cache=False)
     first, second = (stream(model, some_states(model), ids) for _ in range(2))
     next(first), next(second)
-    with pytest.raises(RuntimeError, match="one opened inside of it was open"):
+    with pytest.raises(RuntimeError, match="closed before another one that was opened inside it"):
         list(first)
     list(second)
     assert torch.equal(logits(model, ids, use_cache=False), before)
@@ -105,7 +105,7 @@ def test_states_of_another_batch_are_told():
     model, ids = remembering(), tokens(1, 5)
     states = some_states(model)
     options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
-    message = "of 1 sequences, and the model is called with 3: for beams, or several answers"
+    message = "of 1 sequences, but the model is called with a batch of 3: for beams or several answers"
     with pytest.raises(ValueError, match=message), MemoryCall(model, states):
         model.generate(ids, **options)
     with MemoryCall(model, {index: state.repeat_interleave(3, 0) for index, state in states.items()}):

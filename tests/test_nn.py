@@ -287,7 +287,7 @@ def test_configuration_goes_to_disk_and_back(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"rnak": 8, "alhpa": 1}, "does not have: 'alhpa', 'rnak'"),
+        ({"rnak": 8, "alhpa": 1}, "unknown fields in a δ-mem configuration: 'alhpa', 'rnak'"),
         ({"num_memory_partitions": 2}, "num_memory_partitions is archived: it must be 1"),
         ({"latent_memory_layers": [3]}, "latent_memory_layers is archived"),
         ({"rank": 0}, "rank must be from 1 to 128, got 0"),

@@ -160,7 +160,7 @@ def test_killed_and_resumed_is_uninterrupted(folder, tmp_path):
     second.run(tmp_path / "killed", save_every=2)
     assert second.losses == whole.losses
     assert all(torch.equal(x, whole.weights[name]) for name, x in second.weights.items())
-    with pytest.raises(ValueError, match=r"of a run with other settings: rank, steps"):
+    with pytest.raises(ValueError, match=r"from a run with other settings: rank, steps"):
         trainer(folder, seed=3, gap=6, steps=9, rank=2).resume(tmp_path)
 
 

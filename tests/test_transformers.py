@@ -153,7 +153,7 @@ def test_the_mask_of_tokens():
     rolled = torch.tensor([[[[0, 0, 1, 0], [0, 0, 0, 0]]]]).bool()  # two tokens behind two that are kept
     assert token_mask(rolled, 1, 2, 50).tolist() == [[True, False]]
     for bad in (torch.zeros(2, 4), torch.zeros(1, 3), torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 4)):
-        with pytest.raises(ValueError, match="attention_mask must be"):
+        with pytest.raises(ValueError, match="attention_mask must have shape"):
             token_mask(bad, 1, 4, 0)
     with pytest.raises(TypeError, match=r"attention_mask must be a tensor, a BlockMask or None.*got dict"):
         token_mask({}, 1, 4, 0)
@@ -337,12 +337,16 @@ LINEARS = {f"{head}_proj": torch.nn.Linear(2, 2) for head in "qkvo"}
         (lambda: Odd(), {}, r"does not fit: layers.0.self_attn \(Module\) has no layer_idx"),
         (lambda: Odd(layer_idx=0, q_proj=torch.nn.Linear(2, 2)), {}, "has no k_proj"),
         (lambda: Odd(layer_idx=0, q_proj=torch.nn.Identity()), {}, r"has a q_proj \(Identity\) without in_features"),
-        (lambda: Odd(layer_idx=0, **LINEARS), {}, "does not take cache or past_key_values, where the states are"),
-        (lambda: backbone().to("meta"), {}, "layers.0.self_attn is on the meta device, as what is offloaded is"),
+        (lambda: Odd(layer_idx=0, **LINEARS), {}, "does not take cache or past_key_values, which holds the states"),
+        (lambda: backbone().to("meta"), {}, "layers.0.self_attn is on the meta device"),
         (backbone, {"target_modules": ("attn",)}, "target_modules: the model has no module named attn"),
-        (backbone, {"target_layers": (1, 7)}, r"target_layers must be some of the layers \[0, 1\], got \[7\]"),
-        (remembering, {}, "has a memory already"),
-        (lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1)), {}, "an encoder and a decoder"),
+        (backbone, {"target_layers": (1, 7)}, r"target_layers must be among the layers \[0, 1\], got \[7\]"),
+        (remembering, {}, "already has a memory"),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1)),
+            {},
+            "must be a decoder, got an encoder-decoder",
+        ),
     ],
 )
 def test_what_does_not_fit(model, config, message):
@@ -372,14 +376,14 @@ def test_bad_calls():
     ids = torch.zeros(2, 5, dtype=torch.long)
     for arguments, message in (
         ({"states": [1]}, "states must be a dict"),
-        ({"states": {0: states[0]}}, r"states must be of the layers \[0, 1\], got \[0\]"),
+        ({"states": {0: states[0]}}, r"states must have the keys \[0, 1\] .*, got \[0\]"),
         (
             {"states": {**states, 1: torch.zeros(2, 8, 8)}},
             r"states\[1\] must be float32 or float64 \[B, 1, 8, 8\], got float32",
         ),
-        ({"states": {**states, 1: torch.zeros(3, 1, 8, 8)}}, "one batch size"),
+        ({"states": {**states, 1: torch.zeros(3, 1, 8, 8)}}, "the same batch size"),
         ({"write": 1}, "write must be True or False"),
-        ({"message_ids": ids}, "message_ids has no use .* 'token'"),
+        ({"message_ids": ids}, "message_ids must be None .* 'token'"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             MemoryCall(model, **arguments)
@@ -390,10 +394,10 @@ def test_bad_calls():
         MemoryCall(sentences, message_ids=ids)
     with pytest.raises(TypeError, match="sentence_ids must be int32 or int64"):
         MemoryCall(sentences, sentence_ids=ids.float())
-    with pytest.raises(ValueError, match=r"of 2 sequences, .* called with 3"), MemoryCall(model, states):
+    with pytest.raises(ValueError, match=r"of 2 sequences, .* a batch of 3"), MemoryCall(model, states):
         logits(model, tokens(3, 4))
     cache = DynamicCache(config=model.config)
-    with pytest.raises(ValueError, match="states must be of the layers"):
+    with pytest.raises(ValueError, match="states must have the keys"):
         set_memory(model, cache, {})
     with pytest.raises(TypeError, match="cache must be a Cache"):
         set_memory(model, (), states)

@@ -99,7 +99,7 @@ def test_crop_of_more_than_is_kept():
     cache.batch_select_indices(torch.tensor([0]))
     logits(model, ids, cache=cache)
     before = {index: state.clone() for index, state in get_memory(cache).items()}
-    with pytest.raises(ValueError, match="the memory can take back 4 tokens here, not 5"):
+    with pytest.raises(ValueError, match="the memory can be cropped by at most 4 tokens, got 5"):
         cache.crop(-5)
     assert cache.get_seq_length() == 16
     assert all(torch.equal(state, before[index]) for index, state in get_memory(cache).items())
@@ -109,7 +109,7 @@ def test_crop_of_more_than_is_kept():
         logits(model, ids[:, :1], cache=cache)
     assert len(cache.memory[0].steps) == 128
     cache.crop(-128)
-    with pytest.raises(ValueError, match="the memory can take back 0 tokens here, not 1"):
+    with pytest.raises(ValueError, match="the memory can be cropped by at most 0 tokens, got 1"):
         cache.crop(-1)
 
 
@@ -226,7 +226,7 @@ def test_quantised_caches(kind):
         assert state.dtype == torch.float32
         memory = model.model.layers[index].self_attn.delta_memory
         assert error(state, memory.read(torch.cat(seen[index], 1)).state) <= 1e-6
-    with pytest.raises(ValueError, match="a quantised cache cannot take tokens back"):
+    with pytest.raises(ValueError, match="a quantised cache cannot be cropped"):
         quantised.crop(-1)
     before = {index: state.clone() for index, state in get_memory(quantised).items()}
     quantised.reorder_cache(torch.tensor([1, 0]))

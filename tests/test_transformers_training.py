@@ -77,14 +77,14 @@ def test_messages_write_their_means(kind):
         logits(model, ids, cache=cache)
     exact = attention.delta_memory.read(x[0], segment_ids=segments, num_segments=3).state
     assert error(get_memory(cache)[0], exact) <= 1e-6
-    with pytest.raises(ValueError, match="taken back only whole, 9 tokens"):
+    with pytest.raises(ValueError, match="can only be cropped as a whole, 9 tokens"):
         cache.crop(-1)
     cache.crop(-9)
     assert get_memory(cache) == {}
     with MemoryCall(model, **given):  # the prompt's ids; what is generated writes token by token
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
     with (
-        pytest.raises(ValueError, match=r"must be \[2, 8\] as the tokens are, got \[2, 9\]"),
+        pytest.raises(ValueError, match=r"must have the shape of the tokens, \[2, 8\], got \[2, 9\]"),
         MemoryCall(model, **given),
     ):
         logits(model, ids[:, :8])
@@ -172,7 +172,7 @@ def test_bad_packed_rows():
     ):
         with pytest.raises(TypeError, match=message):
             logits(model, ids, cu_seq_lens_q=limits, use_cache=False)
-    with pytest.raises(ValueError, match="cu_seq_lens_q needs packed sequences, one row, got 2"):
+    with pytest.raises(ValueError, match="cu_seq_lens_q needs a batch of one packed row, got 2"):
         logits(model, ids.repeat(2, 1), cu_seq_lens_q=torch.tensor([0, 6]), use_cache=False)
     with pytest.raises(ValueError, match="starts must be None"), MemoryCall(model, message_ids=torch.zeros_like(ids)):
         logits(model, ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)

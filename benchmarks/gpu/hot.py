@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..registry import Shape, load_operations
-from ..runner import _leaves
+from ..runner import leaf_inputs
 from .steps import CANNOT, FAILED, OK, Finished, Outcome
 
 WARM_UP = 3
@@ -29,7 +29,7 @@ def prepared(operation: str, implementation: str, shape: Shape) -> Callable[[], 
     reason = chosen.why_not(shape)
     if reason:
         raise SystemExit2(reason)
-    inputs = chosen.prepare(_leaves(found.inputs(shape), found))
+    inputs = chosen.prepare(leaf_inputs(found.inputs(shape), found))
 
     def call() -> None:
         with torch.inference_mode(not found.gradients_of):

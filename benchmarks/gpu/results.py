@@ -82,7 +82,7 @@ def cell(row: dict | None) -> str:
         return NOT_RUN
     if row["seconds"] is None:
         return row["status"] if row["status"] != "not run" else f"not run: {row['note']}"
-    return f"{report._scaled(1e9 * row['seconds'], ('ns', 'µs', 'ms', 's'))} ± {50 * row['spread']:.1f} %"
+    return f"{report.scaled(1e9 * row['seconds'], ('ns', 'µs', 'ms', 's'))} ± {50 * row['spread']:.1f} %"
 
 
 def table(parts: dict[str, list[dict]]) -> str:
@@ -102,7 +102,7 @@ def table(parts: dict[str, list[dict]]) -> str:
 def _kept(ours: dict | None, other: dict | None) -> str:
     """For backward, beyond the inputs: ours, and the other's."""
     sizes = [row["kept_bytes"] for row in (ours, other) if row and row["kept_bytes"] is not None]
-    return " / ".join(report._scaled(size, ("B", "KiB", "MiB", "GiB"), 1024.0) for size in sizes) or "–"
+    return " / ".join(report.scaled(size, ("B", "KiB", "MiB", "GiB"), 1024.0) for size in sizes) or "–"
 
 
 def _proofs(parts: dict[str, list[dict]]) -> list[str]:

@@ -1,1 +1,1 @@
-"""One operation a file, each with a tuple OPERATIONS; all are found by themselves."""
+"""The benchmarked operations. Every module here defines a tuple OPERATIONS and is loaded automatically."""

@@ -1,25 +1,26 @@
-"""attention_correction, and its form for queries with norm and rotary, at the widths of three models."""
+"""attention_correction and attention_correction_norm_rope at the widths of three models."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deltamem_kernels import attention_correction, attention_correction_norm_rope, backends
 
+from ..availability import compiler_why_not, sequence_backend_why_not
+from ..compiling import compiled
+from ..inputs import rotary_tables
 from ..registry import Implementation, Operation, Shape, Tensors
-from .delta_update import _compiled_why_not, _ours_why_not
 
 SCALE, EPS = 2.0, 1e-6
 
 
 @dataclass(frozen=True)
 class Projection:
-    """What is corrected: D numbers a token, of heads where it is a query."""
+    """The projection whose output is corrected. Queries have a head_dim and are also rotated (and normalised)."""
 
     name: str
     width: int
@@ -53,16 +54,14 @@ def inputs(projection: Projection, shape: Shape) -> Tensors:
         "weight": normal(width, shape.heads * shape.rank) / width**0.5,
     }
     if projection.head_dim:
-        frequencies = 10000.0 ** -torch.linspace(0, 1, projection.head_dim // 2)
-        angles = torch.arange(shape.tokens)[None, :, None] * torch.cat((frequencies, frequencies))
-        tensors |= {"cos": angles.cos(), "sin": angles.sin()}
+        tensors |= rotary_tables(projection.head_dim, 0, shape.tokens)
     if projection.norm:
         tensors["norm_weight"] = normal(projection.head_dim) + 1
     return {name: x.to(shape.device, shape.dtype) for name, x in tensors.items()}
 
 
 def bytes_moved(projection: Projection, shape: Shape) -> int:
-    """base, reads, weight, the tables and the norm's weight read once, the result written."""
+    """Return the bytes of base, reads, weight, tables and norm weight, each read once, and of the written result."""
     tokens, K = shape.batch * shape.tokens, shape.heads * shape.rank
     numbers = 2 * tokens * projection.width + tokens * K + projection.width * K
     numbers += 2 * shape.tokens * projection.head_dim + (projection.head_dim if projection.norm else 0)
@@ -84,7 +83,7 @@ def _addmm(in_place: bool, inputs: Tensors, shape: Shape) -> Tensors:
     return {"out": torch.addmm(rows, reads.view(len(rows), -1), weight.t(), alpha=SCALE, out=out).view(base.shape)}
 
 
-def _calls(
+def _separate_calls(
     head_dim: int,
     base: Tensor,
     reads: Tensor,
@@ -93,7 +92,7 @@ def _calls(
     sin: Tensor | None = None,
     norm_weight: Tensor | None = None,
 ) -> Tensor:
-    """The best of what a layer would call: addmm, and what transformers does to a query."""
+    """Compute the correction with the calls of a PyTorch layer: addmm, then transformers' norm and rotary embedding."""
     rows = base.view(-1, base.shape[-1])
     y = torch.addmm(rows, reads.view(len(rows), -1), weight.t(), alpha=SCALE).view(base.shape)
     if not head_dim:
@@ -105,13 +104,9 @@ def _calls(
     return (y * cos.unsqueeze(-2) + torch.cat((-b, a), -1) * sin.unsqueeze(-2)).flatten(-2)
 
 
-@functools.cache
-def _compiled() -> Callable:
-    return torch.compile(_calls, fullgraph=True, dynamic=False)
-
-
-def _pytorch(projection: Projection, compiled: bool, inputs: Tensors, shape: Shape) -> Tensors:
-    return {"out": (_compiled() if compiled else _calls)(projection.head_dim, **inputs)}
+def _pytorch(projection: Projection, compile_it: bool, inputs: Tensors, shape: Shape) -> Tensors:
+    function = compiled(_separate_calls) if compile_it else _separate_calls
+    return {"out": function(projection.head_dim, **inputs)}
 
 
 def _operation(projection: Projection) -> Operation:
@@ -120,7 +115,7 @@ def _operation(projection: Projection) -> Operation:
         Implementation(
             f"ours ({name}){where}",
             functools.partial(_ours, projection, name, bool(where)),
-            functools.partial(_ours_why_not, name),
+            functools.partial(sequence_backend_why_not, name),
         )
         for name in backends()
         for where in ("", " in place")
@@ -129,7 +124,9 @@ def _operation(projection: Projection) -> Operation:
         Implementation("addmm", functools.partial(_addmm, False)),
         Implementation("addmm in place", functools.partial(_addmm, True)),
     )
-    eager = Implementation("pytorch", functools.partial(_pytorch, projection, False), note="addmm, then small calls")
+    eager = Implementation(
+        "pytorch", functools.partial(_pytorch, projection, False), note="addmm, then elementwise calls"
+    )
     return Operation(
         name=f"{function} {projection.name}",
         inputs=functools.partial(inputs, projection),
@@ -141,17 +138,13 @@ def _operation(projection: Projection) -> Operation:
             Implementation(
                 "pytorch-compiled",
                 functools.partial(_pytorch, projection, True),
-                _compiler_why_not,
+                compiler_why_not,
                 note="torch.compile of the same calls",
                 slow_start=True,
             ),
         ),
         baseline="pytorch" if projection.head_dim else "addmm",
     )
-
-
-def _compiler_why_not(shape: Shape) -> str | None:
-    return _compiled_why_not(replace(shape, tokens=0))  # any length will do
 
 
 OPERATIONS = tuple(_operation(projection) for projection in (*OUTPUTS, *QUERIES))

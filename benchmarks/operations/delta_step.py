@@ -1,6 +1,6 @@
-"""delta_step: one token for each of many requests (T = 1), or a few drafted ones, on a pool of states.
+"""delta_step: one token (T = 1) or a few drafted tokens for each of many requests, on a pool of states.
 
-Of a shape, `batch` is the number of requests and `tokens` that of the tokens each brings.
+A shape's `batch` is the number of requests, and `tokens` is the number of tokens of each request.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from deltamem_kernels import backends, delta_step
 
+from ..availability import backend_why_not
+from ..compiling import compiled
 from ..inputs import memory_operands
 from ..registry import Implementation, Operation, Shape, Tensors
 
@@ -20,7 +22,7 @@ SPARE_SLOTS = 3
 
 
 def inputs(shape: Shape) -> Tensors:
-    """A pool with the requests' slots in another order and some that are nobody's; a slot for each drafted token."""
+    """Return operands, and a pool with a slot for each token, in random order, and SPARE_SLOTS unused slots."""
     operands = memory_operands(shape)
     generator = torch.Generator().manual_seed(5)
     slots = shape.batch * shape.tokens + SPARE_SLOTS
@@ -32,14 +34,14 @@ def inputs(shape: Shape) -> Tensors:
 
 
 def bytes_moved(shape: Shape) -> int:
-    """Of each request a state read and one for each token written; q, k, v and beta read, reads written."""
+    """Return the bytes of one state read and one written per token for each request, and of all operands and reads."""
     numbers = 4 * shape.rank + (shape.rank if shape.gates == "row" else 1)
     states = 4 * shape.rank**2 * (1 + shape.tokens)
     return shape.batch * shape.heads * (states + shape.tokens * numbers * shape.dtype.itemsize)
 
 
 def _prepare(inputs: Tensors) -> Tensors:
-    """As a server has them: without the tokens' dimension where each request brings one."""
+    """Drop the token dimension if each request has one token, as a server does."""
     if inputs["q"].shape[1] > 1:
         return inputs
     return {name: x if name == "state" else x[:, 0].contiguous() for name, x in inputs.items()}
@@ -59,19 +61,8 @@ def _present(outputs: Tensors) -> Tensors:
     return {"reads": reads if reads.ndim == 4 else reads.unsqueeze(1)}
 
 
-def _why_not(backend: str, shape: Shape) -> str | None:
-    status = backends()[backend]
-    if not status.available:
-        return status.reason
-    if backend in ("triton", "cuda") and shape.device != "cuda":
-        return "needs --device cuda"
-    if backend == "cpu" and shape.device != "cpu":
-        return "needs --device cpu"
-    return None
-
-
 def _step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, indices: Tensor, mode: str) -> Tensor:
-    """The best PyTorch for it: all requests at once, token after token; states gathered and scattered by slot."""
+    """Compute all requests at once, token after token, in PyTorch. States are gathered and scattered by slot."""
     S = state[indices[:, 0]]
     reads = []
     for t in range(q.shape[1]):
@@ -85,36 +76,38 @@ def _step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, indices:
     return torch.stack(reads, dim=1)
 
 
-def _pytorch(step: Callable[[], Callable]) -> Callable[[Tensors, Shape], Tensors]:
+def _pytorch(compile_it: bool) -> Callable[[Tensors, Shape], Tensors]:
     def run(inputs: Tensors, shape: Shape) -> Tensors:
+        step = compiled(_step) if compile_it else _step
         operands = (inputs[name].to(inputs["state"].dtype) for name in ("q", "k", "v", "beta"))
-        reads = step()(inputs["state"], *operands, inputs["indices"].long(), shape.mode)
+        reads = step(inputs["state"], *operands, inputs["indices"].long(), shape.mode)
         return {"reads": reads.to(shape.dtype)}
 
     return run
-
-
-@functools.cache
-def _compiled_step() -> Callable:
-    return torch.compile(_step, fullgraph=True, dynamic=False)
 
 
 OPERATIONS = (
     Operation(
         name="delta_step",
         inputs=inputs,
-        oracle=_pytorch(lambda: _step),
+        oracle=_pytorch(compile_it=False),
         bytes_moved=bytes_moved,
         implementations=(
             *(
                 Implementation(
-                    f"ours ({name})", _ours(name), functools.partial(_why_not, name), prepare=_prepare, present=_present
+                    f"ours ({name})",
+                    _ours(name),
+                    functools.partial(backend_why_not, name),
+                    prepare=_prepare,
+                    present=_present,
                 )
                 for name in backends()
             ),
-            Implementation("pytorch", _pytorch(lambda: _step), note="batched products, states gathered and scattered"),
             Implementation(
-                "pytorch-compiled", _pytorch(_compiled_step), note="the same under torch.compile", slow_start=True
+                "pytorch", _pytorch(compile_it=False), note="batched products, states gathered and scattered"
+            ),
+            Implementation(
+                "pytorch-compiled", _pytorch(compile_it=True), note="the same with torch.compile", slow_start=True
             ),
         ),
         baseline="pytorch",

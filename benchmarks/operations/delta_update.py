@@ -1,11 +1,9 @@
-"""delta_update over whole sequences, forward and forward + backward: ours, upstream's, and what else computes it."""
+"""delta_update over whole sequences, forward and forward + backward: ours, upstream's and other implementations."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,14 +13,15 @@ from torch import Tensor
 from deltamem_kernels import backends, delta_update
 from deltamem_kernels.backends.scan import force_scan
 
+from ..availability import compiler_why_not, sequence_backend_why_not
+from ..compiling import compiled
 from ..inputs import memory_operands
 from ..registry import Implementation, Operation, Shape, Tensors, with_gradients
 
 GRADIENTS_OF = ("q", "k", "v", "beta")
-REFERENCE_TOKENS = 1024
 COMPILED_BLOCK = 32
 LOOP_TOKENS = 8192
-"""What walks tokens in Python is not asked for more, in all sequences of a batch: it takes minutes."""
+"""Longest sequence for implementations that loop over tokens in Python, which take minutes for more."""
 
 
 def forward_inputs(shape: Shape) -> Tensors:
@@ -39,7 +38,7 @@ def training_inputs(shape: Shape) -> Tensors:
 
 
 def forward_bytes(shape: Shape) -> int:
-    """q, k, v and beta read, reads and the final state written."""
+    """Return the bytes of q, k, v and beta, which are read, and of the reads and the final state, which are written."""
     tokens_and_heads = shape.batch * shape.tokens * shape.heads
     numbers = 4 * shape.rank + (shape.rank if shape.gates == "row" else 1)
     state = max(4, shape.dtype.itemsize) * shape.batch * shape.heads * shape.rank**2
@@ -47,12 +46,12 @@ def forward_bytes(shape: Shape) -> int:
 
 
 def training_bytes(shape: Shape) -> int:
-    """Besides, the cotangents read, which are as large as the outputs, and the gradients written, as the inputs."""
+    """Return the bytes of the forward, and of cotangents (sizes of the outputs) and gradients (sizes of the inputs)."""
     return 2 * forward_bytes(shape)
 
 
 def _gates(beta: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """keep, erase and write, `[B, T, H, R]`."""
+    """Return keep, erase and write, each `[B, T, H, R]`."""
     if shape.gates == "head":
         beta = beta.unsqueeze(-1).expand(*beta.shape, shape.rank)
     if shape.mode == "no_lambda":
@@ -72,21 +71,8 @@ def _ours(backend: str) -> Callable[[Tensors, Shape], Tensors]:
     return run
 
 
-def _ours_why_not(backend: str, shape: Shape) -> str | None:
-    status = backends()[backend]
-    if not status.available:
-        return status.reason
-    if backend in ("triton", "cuda") and shape.device != "cuda":
-        return "needs --device cuda"
-    if backend == "cpu" and shape.device != "cpu":
-        return "needs --device cpu"
-    if backend == "reference" and shape.tokens > REFERENCE_TOKENS:
-        return f"made to be read, not to be fast: run up to {REFERENCE_TOKENS} tokens"
-    return None
-
-
 def _oracle(inputs: Tensors, shape: Shape) -> Tensors:
-    """In float64. Beyond a few thousand tokens by the C++ kernel, which the tests hold against the reference."""
+    """Compute the expected outputs: with the reference, or for long sequences with the C++ kernel that tests check."""
     return _ours("reference" if shape.tokens <= LOOP_TOKENS else "cpu")(inputs, shape)
 
 
@@ -94,7 +80,7 @@ def _loop_why_not(shape: Shape) -> str | None:
     return f"run up to {LOOP_TOKENS} tokens" if shape.tokens > LOOP_TOKENS else None
 
 
-# Upstream (declare-lab/delta-Mem): its own functions where the package `deltamem` is importable
+# Upstream (declare-lab/delta-Mem): its own functions if the package `deltamem` can be imported
 
 
 @functools.cache
@@ -108,7 +94,7 @@ def _upstream(module: str, attribute: str) -> Callable | None:
 def _rewritten_loop(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The arithmetic of a token as upstream arranges it, on `[B, T, R]`, with nothing made better or worse."""
+    """Loop over tokens with the same arithmetic, in the same order, as upstream's loop. Operands are `[B, T, R]`."""
     reads = []
     for t in range(q.shape[1]):
         query, key, value = q[:, t], k[:, t], v[:, t]
@@ -126,8 +112,8 @@ def _upstream_torch_loop() -> Callable:
     return functools.partial(attention._memory_affine_scan_torch, None) if attention else _rewritten_loop
 
 
-def _on_upstreams_layout(loop: Callable[[], Callable]) -> Callable[[Tensors, Shape], Tensors]:
-    """Upstream folds heads into the batch, and keeps the state in the dtype of the layer."""
+def _in_upstream_layout(loop: Callable[[], Callable]) -> Callable[[Tensors, Shape], Tensors]:
+    """Call an upstream function, which folds heads into the batch and keeps the state in the operands' dtype."""
 
     def run(inputs: Tensors, shape: Shape) -> Tensors:
         operands = (inputs["q"], inputs["k"], inputs["v"], *_gates(inputs["beta"], shape))
@@ -147,7 +133,7 @@ def _upstream_triton_why_not(shape: Shape) -> str | None:
     return None
 
 
-# flash-linear-attention: a read after the write, decay in logarithms, the state as key x value
+# flash-linear-attention: reads after the write, takes the logarithm of the decay, and keeps the state as key x value
 
 
 @functools.cache
@@ -162,15 +148,16 @@ def _fla_why_not(shape: Shape) -> str | None:
     if shape.device != "cuda":
         return "needs a CUDA device (--device cuda)"
     if shape.gates != "head" or shape.mode != "lambda_outside":
-        return "computes one gate a head, decay outside: --mode lambda_outside --gates head"
+        return "supports only --mode lambda_outside --gates head"
     return None if _fla() else "needs the package flash-linear-attention"
 
 
 def _fla_prepare(inputs: Tensors) -> Tensors:
-    """A read after token t's write is ours before the write of t + 1: queries move one token to the left."""
+    """Shift the queries by one token to the left: fla's read after token t's write is our read of token t + 1."""
     q = inputs["q"]
-    moved = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
-    return {name: inputs[name] for name in ("k", "v", "beta")} | {"q": moved, "log_decay": torch.log1p(-inputs["beta"])}
+    shifted = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
+    others = {name: inputs[name] for name in ("k", "v", "beta")}
+    return others | {"q": shifted, "log_decay": torch.log1p(-inputs["beta"])}
 
 
 def _fla_run(inputs: Tensors, shape: Shape) -> Tensors:
@@ -188,13 +175,13 @@ def _fla_run(inputs: Tensors, shape: Shape) -> Tensors:
 
 def _fla_present(outputs: Tensors) -> Tensors:
     reads = outputs["reads"]
-    from_zero_state = torch.zeros_like(reads[:, :1])
-    moved = torch.cat([from_zero_state, reads[:, :-1]], dim=1)
-    return {"reads": moved, "final_state": outputs["final_state"].transpose(-1, -2)}
+    first_read = torch.zeros_like(reads[:, :1])  # of the initial state, which is zero
+    shifted = torch.cat([first_read, reads[:, :-1]], dim=1)
+    return {"reads": shifted, "final_state": outputs["final_state"].transpose(-1, -2)}
 
 
-# torch.compile. Unrolling thousands of tokens does not compile in reasonable time; a block that is compiled once and
-# called T / 32 times does, and is as fast a token as a longer block.
+# torch.compile. Thousands of unrolled tokens do not compile in reasonable time. A block of 32 tokens that is compiled
+# once and called T / 32 times does, and takes no longer per token than a larger block.
 
 
 def _token_block(
@@ -209,26 +196,21 @@ def _token_block(
     return state, torch.stack(reads, dim=1)
 
 
-@functools.cache
-def _compiled_block() -> Callable:
-    return torch.compile(_token_block, fullgraph=True, dynamic=False)
-
-
 def _compiled_run(inputs: Tensors, shape: Shape) -> Tensors:
     dtype = torch.promote_types(shape.dtype, torch.float32)
     operands = (inputs["q"], inputs["k"], inputs["v"], *_gates(inputs["beta"], shape))
     sizes = (shape.batch, shape.heads, shape.rank, shape.rank)
-    # Each T, and a first state that needs no gradient while the later ones do, would compile anew.
+    # The initial state requires gradients like the later states, so that the first block does not recompile.
     state = torch.zeros(sizes, dtype=dtype, device=shape.device, requires_grad=torch.is_grad_enabled())
     reads = []
     for block in zip(*(_token_blocks(operand.to(dtype)) for operand in operands), strict=True):
-        state, block_reads = _compiled_block()(state, *block)
+        state, block_reads = compiled(_token_block)(state, *block)
         reads.append(block_reads)
     return {"reads": torch.cat(reads, dim=1).to(shape.dtype), "final_state": state}
 
 
 def _token_blocks(operand: Tensor) -> tuple[Tensor, ...]:
-    """`[B, T, H, R]` to T/32 times `[B, 32, H, R]`, with strides that do not tell T."""
+    """Split `[B, T, H, R]` into T/32 blocks `[B, 32, H, R]` whose strides do not depend on T, to avoid recompiling."""
     blocks = operand.unflatten(1, (-1, COMPILED_BLOCK)).transpose(0, 1)
     return blocks.clone(memory_format=torch.contiguous_format).unbind()
 
@@ -237,20 +219,22 @@ def _compiled_why_not(shape: Shape) -> str | None:
     if shape.tokens > LOOP_TOKENS:
         return _loop_why_not(shape)
     if shape.tokens % COMPILED_BLOCK:
-        return f"compiled for a multiple of {COMPILED_BLOCK} tokens"
-    compilers = (os.environ.get("CXX"), "g++", "clang++")
-    if shape.device == "cpu" and not any(shutil.which(compiler) for compiler in compilers if compiler):
-        return "torch.compile needs a C++ compiler"
-    return None
+        return f"needs a multiple of {COMPILED_BLOCK} tokens"
+    return compiler_why_not(shape)
 
 
 def _implementations() -> tuple[Implementation, ...]:
     ours = tuple(
-        Implementation(f"ours ({name})", _ours(name), functools.partial(_ours_why_not, name)) for name in backends()
+        Implementation(f"ours ({name})", _ours(name), functools.partial(sequence_backend_why_not, name))
+        for name in backends()
     )
     own = _upstream("deltamem.core.delta_impl", "DeltaMemAttention")
     forced = tuple(
-        Implementation(f"{name}, {way}", _within(_ours(name), way == "chunked"), functools.partial(_ours_why_not, name))
+        Implementation(
+            f"{name}, {way}",
+            _force_scan(_ours(name), way == "chunked"),
+            functools.partial(sequence_backend_why_not, name),
+        )
         for name in ("triton", "cpu")
         for way in ("plain", "chunked")
     )
@@ -259,13 +243,13 @@ def _implementations() -> tuple[Implementation, ...]:
         *forced,
         Implementation(
             "upstream-torch",
-            _on_upstreams_layout(_upstream_torch_loop),
+            _in_upstream_layout(_upstream_torch_loop),
             _loop_why_not,
-            note="upstream's own loop" if own else "upstream's loop, rewritten: its package is not installed",
+            note="upstream's own loop" if own else "a rewrite of upstream's loop: its package is not installed",
         ),
         Implementation(
             "upstream-triton",
-            _on_upstreams_layout(lambda: _upstream("deltamem.kernels.affine_scan", "triton_affine_scan")),
+            _in_upstream_layout(lambda: _upstream("deltamem.kernels.affine_scan", "triton_affine_scan")),
             _upstream_triton_why_not,
             note="upstream's own kernel",
         ),
@@ -278,12 +262,12 @@ def _implementations() -> tuple[Implementation, ...]:
         ),
         Implementation(
             "fla-recurrent", _fla_run, _fla_why_not, prepare=_fla_prepare, present=_fla_present,
-            note="queries moved by one token and the decay's logarithm taken beforehand, untimed",
+            note="shifting the queries and the logarithm of the decay are not timed",
         ),
     )  # fmt: skip
 
 
-def _within(run: Callable[[Tensors, Shape], Tensors], chunked: bool) -> Callable[[Tensors, Shape], Tensors]:
+def _force_scan(run: Callable[[Tensors, Shape], Tensors], chunked: bool) -> Callable[[Tensors, Shape], Tensors]:
     def forced(inputs: Tensors, shape: Shape) -> Tensors:
         with force_scan(chunked):
             return run(inputs, shape)
@@ -293,8 +277,8 @@ def _within(run: Callable[[Tensors, Shape], Tensors], chunked: bool) -> Callable
 
 def _training(implementation: Implementation) -> Implementation:
     run = with_gradients(implementation.run, GRADIENTS_OF)
-    if implementation.name.endswith((", plain", ", chunked")):  # backward has its choice too
-        run = _within(run, implementation.name.endswith(", chunked"))
+    if implementation.name.endswith((", plain", ", chunked")):  # backward chooses between the scans as well
+        run = _force_scan(run, implementation.name.endswith(", chunked"))
     if implementation.name == "fla-recurrent":
         return replace(implementation, run=run, why_not=lambda shape: "has no backward")
     return replace(implementation, run=run)

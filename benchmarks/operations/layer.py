@@ -1,10 +1,10 @@
-"""A frozen attention layer, and the same with the memory around it: what the memory costs a layer.
+"""A frozen attention layer without and with a memory, which shows what the memory costs.
 
-The layers are those of three models: q, k, v and o projections without bias, rotary embedding, Qwen3's with a norm over
-each head of q and k, causal attention; a token alone attends to 512 others. The memory corrects q and o. The
-corrections' weights are zeros, as at the start of training: both layers then give the same, which is checked, and the
-memory costs what it always does. On a GPU a token is timed in a CUDA graph, and as it is called from Python ("eager");
-"compiled" is torch.compile of the whole layer.
+The layers are those of three models. They have q, k, v and o projections without bias, rotary embeddings and causal
+attention; Qwen3's also normalises each head of q and k. A single token attends to 512 others. The memory corrects q and
+o. The correction weights are zero, as at the start of training: both layers then return the same output, which is
+checked, and the memory costs as much as with trained weights. On a GPU a single token is timed in a CUDA graph and,
+as "eager", called from Python. "compiled" is torch.compile of the whole layer.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from deltamem_kernels import (
     memory_prefill,
 )
 
+from ..availability import compiler_why_not, sequence_backend_why_not
+from ..compiling import compiled
+from ..inputs import rotary_tables
 from ..registry import Implementation, Operation, Shape, Tensors
-from .delta_update import _ours_why_not
-from .memory_projection import PARAMETERS, _compiled_reason, hidden_inputs
+from .memory_projection import PARAMETERS, hidden_inputs
 
 CACHED = 512
 SCALE = 2.0
@@ -70,15 +72,13 @@ def inputs(layer: Layer, shape: Shape) -> Tensors:
     if layer.head_norm:
         made |= {f"{name}_norm": 1 + normal(layer.head_dim) / 10 for name in ("q", "k")}
     first = CACHED if shape.tokens == 1 else 0
-    frequencies = 10000.0 ** -torch.linspace(0, 1, layer.head_dim // 2)
-    angles = torch.arange(first, first + shape.tokens)[None, :, None] * torch.cat((frequencies, frequencies))
-    made |= {"cos": angles.cos(), "sin": angles.sin()}
+    made |= rotary_tables(layer.head_dim, first, shape.tokens)
     made |= {name: normal(shape.batch, layer.kv_heads, first, layer.head_dim) for name in ("keys", "values")}
     made["state"] = torch.zeros(shape.batch, shape.heads, shape.rank, shape.rank)
     return {name: x.to(shape.device, made["x"].dtype) for name, x in made.items()}
 
 
-def _heads(y: Tensor, layer: Layer) -> Tensor:
+def _split_heads(y: Tensor, layer: Layer) -> Tensor:
     return y.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
 
 
@@ -87,22 +87,22 @@ def _norm(y: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _rotary(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As transformers has it, on `[B, heads, T, head_dim]`."""
+    """Apply rotary embeddings to `[B, heads, T, head_dim]` in the same way as transformers."""
     a, b = y.chunk(2, -1)
     return y * cos.unsqueeze(1) + torch.cat((-b, a), -1) * sin.unsqueeze(1)
 
 
 def _attention(layer: Layer, query: Tensor, inputs: Tensors) -> Tensor:
-    """From the query with its norm and rotary to the output of o_proj."""
+    """Compute the layer from the normalised and rotated query to the output of o_proj."""
     x, cos, sin = inputs["x"], inputs["cos"], inputs["sin"]
-    key = _norm(_heads(F.linear(x, inputs["k_proj"]), layer), inputs.get("k_norm"))
+    key = _norm(_split_heads(F.linear(x, inputs["k_proj"]), layer), inputs.get("k_norm"))
     key = torch.cat((inputs["keys"], _rotary(key, cos, sin)), 2)
-    value = torch.cat((inputs["values"], _heads(F.linear(x, inputs["v_proj"]), layer)), 2)
-    return F.linear(_attended(query, key, value).transpose(1, 2).flatten(2), inputs["o_proj"])
+    value = torch.cat((inputs["values"], _split_heads(F.linear(x, inputs["v_proj"]), layer)), 2)
+    return F.linear(_softmax_attention(query, key, value).transpose(1, 2).flatten(2), inputs["o_proj"])
 
 
-def _attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """In float64 for a block of queries after another: thousands at once would want gigabytes."""
+def _softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Compute causal attention, in float64 in blocks of queries, since thousands at once would take gigabytes."""
     causal, T = query.shape[2] > 1, query.shape[2]
     if query.dtype != torch.float64 or T <= QUERIES_AT_ONCE:
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
@@ -110,13 +110,13 @@ def _attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     for first in range(0, T, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, T)
         mask = torch.arange(last, device=query.device) <= torch.arange(first, last, device=query.device)[:, None]
-        of_block = query[:, :, first:last], key[:, :, :last], value[:, :, :last]
-        blocks.append(F.scaled_dot_product_attention(*of_block, attn_mask=mask, enable_gqa=True))
+        block = query[:, :, first:last], key[:, :, :last], value[:, :, :last]
+        blocks.append(F.scaled_dot_product_attention(*block, attn_mask=mask, enable_gqa=True))
     return torch.cat(blocks, 2)
 
 
 def _frozen(layer: Layer, inputs: Tensors, shape: Shape) -> Tensors:
-    query = _norm(_heads(F.linear(inputs["x"], inputs["q_proj"]), layer), inputs.get("q_norm"))
+    query = _norm(_split_heads(F.linear(inputs["x"], inputs["q_proj"]), layer), inputs.get("q_norm"))
     return {"out": _attention(layer, _rotary(query, inputs["cos"], inputs["sin"]), inputs)}
 
 
@@ -124,25 +124,25 @@ def _with_memory(backend: str, layer: Layer, inputs: Tensors, shape: Shape) -> T
     x, weights = inputs["x"], [inputs[name] for name in PARAMETERS]
     query = F.linear(x, inputs["q_proj"])
     options = {"heads": shape.heads, "backend": backend}
-    of_heads = {"head_dim": layer.head_dim, "norm_weight": inputs.get("q_norm")}
+    head_norm = {"head_dim": layer.head_dim, "norm_weight": inputs.get("q_norm")}
     if x.shape[1] == 1:
-        of_row = {name: inputs[name][:, 0] for name in ("cos", "sin")}
+        rotary = {name: inputs[name][:, 0] for name in ("cos", "sin")}
         base, delta = query[:, 0], inputs["delta_q"]
         reads, corrected = memory_decode(
             inputs["state"], x[:, 0], *weights, base=base, delta_weight=delta, scale=SCALE, out=base,
-            **options, **of_heads, **of_row,
+            **options, **head_norm, **rotary,
         )  # fmt: skip
         query, reads = corrected.unsqueeze(1), reads.unsqueeze(1)
     else:
         reads, _ = memory_prefill(x, *weights, **options)
         rotary = {"cos": inputs["cos"], "sin": inputs["sin"], "backend": backend}
-        query = attention_correction_norm_rope(query, reads, inputs["delta_q"], SCALE, out=query, **of_heads, **rotary)
-    out = _attention(layer, _heads(query, layer), inputs)
+        query = attention_correction_norm_rope(query, reads, inputs["delta_q"], SCALE, out=query, **head_norm, **rotary)
+    out = _attention(layer, _split_heads(query, layer), inputs)
     return {"out": attention_correction(out, reads, inputs["delta_o"], SCALE, out=out, backend=backend)}
 
 
 def bytes_moved(layer: Layer, shape: Shape) -> int:
-    """The layer's own: x read, the weights and the cached keys and values read, the output written."""
+    """Return the bytes of the frozen layer: x, the weights, the cached keys and values, and the output."""
     weights = 2 * (layer.heads + layer.kv_heads) * layer.head_dim * layer.width
     cached = 2 * shape.batch * layer.kv_heads * layer.head_dim * (CACHED if shape.tokens == 1 else 0)
     return (2 * shape.batch * shape.tokens * layer.width + weights + cached) * shape.dtype.itemsize
@@ -152,25 +152,25 @@ Run = Callable[[Tensors, Shape], Tensors]
 WhyNot = Callable[[Shape], "str | None"]
 
 
-def _compiled(run: Run) -> Run:
+def _compile_per_shape(run: Run) -> Run:
     @functools.cache
-    def of_shape(shape: Shape) -> Callable[[Tensors], Tensors]:
-        torch._dynamo.config.recompile_limit = 64
-        return torch.compile(lambda inputs: run(inputs, shape), fullgraph=True, dynamic=False)
+    def for_shape(shape: Shape) -> Callable[[Tensors], Tensors]:
+        return compiled(lambda inputs: run(inputs, shape))
 
-    return lambda inputs, shape: of_shape(shape)(inputs)
+    return lambda inputs, shape: for_shape(shape)(inputs)
 
 
 def _eager_why_not(why_not: WhyNot, shape: Shape) -> str | None:
-    return why_not(shape) or (None if shape.device == "cuda" else "on a CPU every call is: needs --device cuda")
+    return why_not(shape) or (None if shape.device == "cuda" else "on a CPU every call is eager: needs --device cuda")
 
 
 def _in_all_forms(name: str, run: Run, why_not: WhyNot, slow: bool) -> tuple[Implementation, ...]:
-    compiled_why_not = lambda shape: why_not(shape) or _compiled_reason(shape)  # noqa: E731
+    """Return an implementation timed by default, called from Python, and compiled."""
+    compiled_why_not = lambda shape: why_not(shape) or compiler_why_not(shape)  # noqa: E731
     return (
         Implementation(name, run, why_not, slow_start=slow),
         Implementation(f"{name}, eager", run, functools.partial(_eager_why_not, why_not), slow_start=slow, graph=False),
-        Implementation(f"{name}, compiled", _compiled(run), compiled_why_not, slow_start=True),
+        Implementation(f"{name}, compiled", _compile_per_shape(run), compiled_why_not, slow_start=True),
     )
 
 
@@ -179,7 +179,7 @@ def _operation(model: str, layer: Layer) -> Operation:
     implementations = _in_all_forms("frozen", frozen, lambda shape: None, layer.large)
     for name in backends():
         run = functools.partial(_with_memory, name, layer)
-        why_not = functools.partial(_ours_why_not, name)
+        why_not = functools.partial(sequence_backend_why_not, name)
         implementations += _in_all_forms(f"with memory ({name})", run, why_not, layer.large)
     return Operation(
         name=f"layer {model}",

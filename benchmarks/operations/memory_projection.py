@@ -1,4 +1,4 @@
-"""memory_projection at the hidden sizes of three models: ours, and the best that PyTorch makes of it."""
+"""memory_projection at the hidden sizes of three models, compared with PyTorch, eager and compiled."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from deltamem_kernels import backends, memory_projection
 
+from ..availability import compiler_why_not, sequence_backend_why_not
+from ..compiling import compiled
 from ..registry import Implementation, Operation, Shape, Tensors, with_gradients
-from .delta_update import _compiled_why_not, _ours_why_not
 
 MODELS = {"SmolLM2-135M": 576, "SmolLM3-3B": 2048, "Qwen3-4B": 2560}
 PARAMETERS = ("qkv_weight", "beta_weight", "beta_bias")
@@ -21,12 +22,12 @@ RESULTS = ("q", "k", "v", "beta")
 
 
 def rows(shape: Shape) -> int:
-    """Of all weights."""
+    """Return the number of rows of all weights together."""
     return 3 * shape.heads * shape.rank + (shape.heads * shape.rank if shape.gates == "row" else shape.heads)
 
 
 def hidden_inputs(width: int, shape: Shape, seed: int = 4) -> Tensors:
-    """x in the shape's dtype; the weights are float32 (float64 for float64), as a memory's are beside its model."""
+    """Return x in the shape's dtype, and weights in float32 (float64 if the dtype is float64)."""
     generator = torch.Generator().manual_seed(seed)
     made = {"x": torch.randn(shape.batch, shape.tokens, width, generator=generator).to(shape.dtype)}
     numbers = 3 * shape.heads * shape.rank
@@ -49,13 +50,16 @@ def training_inputs(width: int, shape: Shape) -> Tensors:
 
 
 def forward_bytes(width: int, shape: Shape) -> int:
-    """x and the weights read, the results written."""
+    """Return the bytes of x and the weights, which are read, and of the results, which are written."""
     tokens, wide = shape.batch * shape.tokens, max(4, shape.dtype.itemsize)
     return tokens * width * shape.dtype.itemsize + rows(shape) * width * wide + tokens * rows(shape) * wide
 
 
 def training_bytes(width: int, shape: Shape) -> int:
-    """Besides, x read again for the weights' gradients, their gradients written, the results' read; x is frozen."""
+    """Return the bytes of the forward, of x and the results' gradients read again, and of the weights' gradients.
+
+    x requires no gradient.
+    """
     return 2 * forward_bytes(width, shape)
 
 
@@ -69,7 +73,7 @@ def _ours(backend: str) -> Callable[[Tensors, Shape], Tensors]:
 
 
 def _plain(x: Tensor, qkv_weight: Tensor, beta_weight: Tensor, beta_bias: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """One product of x with all weights, in x's dtype as a layer computes it, the rest in float32."""
+    """Multiply x with all weights in one product, in x's dtype, and compute the rest in float32."""
     width = qkv_weight.shape[0]
     projected = F.linear(x, torch.cat([qkv_weight, beta_weight]).to(x.dtype)).to(qkv_weight.dtype)
     q, k, v = projected[..., :width].unflatten(-1, (3, heads, -1)).unbind(-3)
@@ -78,28 +82,22 @@ def _plain(x: Tensor, qkv_weight: Tensor, beta_weight: Tensor, beta_bias: Tensor
     return q, k, v, beta if beta.shape[-1] == heads and v.shape[-1] > 1 else beta.unflatten(-1, (heads, -1))
 
 
-@functools.cache
-def _compiled() -> Callable:
-    torch._dynamo.config.recompile_limit = 64  # one for each model, number of tokens and kind of gradient
-    return torch.compile(_plain, fullgraph=True, dynamic=False)
-
-
-def _with(function: Callable[[], Callable]) -> Callable[[Tensors, Shape], Tensors]:
+def _pytorch(compile_it: bool) -> Callable[[Tensors, Shape], Tensors]:
     def run(inputs: Tensors, shape: Shape) -> Tensors:
-        results = function()(inputs["x"], *(inputs[name] for name in PARAMETERS), shape.heads)
+        function = compiled(_plain) if compile_it else _plain
+        results = function(inputs["x"], *(inputs[name] for name in PARAMETERS), shape.heads)
         return dict(zip(RESULTS, results, strict=True))
 
     return run
 
 
-def _compiled_reason(shape: Shape) -> str | None:
-    return _compiled_why_not(Shape(0, device=shape.device))  # of any number of tokens
-
-
 IMPLEMENTATIONS = (
-    *(Implementation(f"ours ({name})", _ours(name), functools.partial(_ours_why_not, name)) for name in backends()),
-    Implementation("torch", _with(lambda: _plain)),
-    Implementation("torch-compiled", _with(_compiled), _compiled_reason, slow_start=True),
+    *(
+        Implementation(f"ours ({name})", _ours(name), functools.partial(sequence_backend_why_not, name))
+        for name in backends()
+    ),
+    Implementation("torch", _pytorch(compile_it=False)),
+    Implementation("torch-compiled", _pytorch(compile_it=True), compiler_why_not, slow_start=True),
 )
 
 

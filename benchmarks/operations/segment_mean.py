@@ -1,9 +1,10 @@
-"""segment_mean at the hidden sizes of three models: ours, a product with a one-hot matrix, and scatter-add."""
+"""segment_mean at the hidden sizes of three models, compared with a one-hot matrix product and scatter-add."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,28 +12,30 @@ from torch import Tensor
 
 from deltamem_kernels import backends, segment_mean
 
+from ..availability import compiler_why_not, sequence_backend_why_not
+from ..compiling import compiled
 from ..registry import Implementation, Operation, Shape, Tensors
-from .delta_update import _ours_why_not
-from .memory_projection import MODELS, _compiled_reason
+from .memory_projection import MODELS
 
-TOKENS_A_SEGMENT = 64
+SEGMENT_TOKENS = 64
 
 
 def segments(shape: Shape) -> int:
-    return -(-shape.tokens // TOKENS_A_SEGMENT)
+    """Return the number of segments in a sequence."""
+    return -(-shape.tokens // SEGMENT_TOKENS)
 
 
 def inputs(width: int, shape: Shape) -> Tensors:
-    """Messages one after another, as a dialogue has them, with a token between them that belongs to none."""
+    """Return x and the ids of consecutive messages, separated by tokens that belong to no message."""
     x = torch.randn(shape.batch, shape.tokens, width, generator=torch.Generator().manual_seed(6))
     token = torch.arange(shape.tokens)
-    ids = torch.where(token % TOKENS_A_SEGMENT == TOKENS_A_SEGMENT - 1, -1, token // TOKENS_A_SEGMENT)
+    ids = torch.where(token % SEGMENT_TOKENS == SEGMENT_TOKENS - 1, -1, token // SEGMENT_TOKENS)
     ids = ids.expand(shape.batch, -1).contiguous()
     return {"x": x.to(shape.device, shape.dtype), "ids": ids.to(shape.device, torch.float64)}
 
 
 def bytes_moved(width: int, shape: Shape) -> int:
-    """x and the ids read, the means written."""
+    """Return the bytes of x and the ids, which are read, and of the means, which are written."""
     numbers = shape.batch * (shape.tokens + segments(shape)) * width
     return numbers * shape.dtype.itemsize + 8 * shape.batch * shape.tokens
 
@@ -56,33 +59,34 @@ def _scatter(x: Tensor, ids: Tensor, M: int) -> Tensor:
     return (sums / counts.clamp_min(1).unsqueeze(-1))[:, :M]
 
 
-@functools.cache
-def _compiled() -> Callable:
-    torch._dynamo.config.recompile_limit = 64  # one for each model, number of tokens and kind of gradient
-    return torch.compile(_one_hot, fullgraph=True, dynamic=False)
+def _pytorch(function: Callable, compile_it: bool = False) -> Callable[[Tensors, Shape], Tensors]:
+    def run(inputs: Tensors, shape: Shape) -> Tensors:
+        means = compiled(function) if compile_it else function
+        return {"means": means(inputs["x"], inputs["ids"], segments(shape))}
+
+    return run
 
 
-def _with(function: Callable[[], Callable]) -> Callable[[Tensors, Shape], Tensors]:
-    return lambda inputs, shape: {"means": function()(inputs["x"], inputs["ids"], segments(shape))}
-
-
-def _ids(tensors: Tensors) -> Tensors:
-    """Inputs reach the oracle as float64; ids are integers."""
+def _integer_ids(tensors: Tensors) -> Tensors:
+    """Convert the ids back to integers, since the oracle receives all inputs as float64."""
     return {name: y.long() if name == "ids" else y for name, y in tensors.items()}
 
 
 def _oracle(tensors: Tensors, shape: Shape) -> Tensors:
-    return _ours("reference")(_ids(tensors), shape)
+    return _ours("reference")(_integer_ids(tensors), shape)
 
 
-IMPLEMENTATIONS = (
-    *(
-        Implementation(f"ours ({name})", _ours(name), functools.partial(_ours_why_not, name), prepare=_ids)
-        for name in backends()
-    ),
-    Implementation("one-hot product", _with(lambda: _one_hot), prepare=_ids),
-    Implementation("scatter-add", _with(lambda: _scatter), prepare=_ids, note="atomics on a GPU: not reproducible"),
-    Implementation("one-hot, compiled", _with(_compiled), _compiled_reason, slow_start=True, prepare=_ids),
+IMPLEMENTATIONS = tuple(
+    replace(implementation, prepare=_integer_ids)
+    for implementation in (
+        *(
+            Implementation(f"ours ({name})", _ours(name), functools.partial(sequence_backend_why_not, name))
+            for name in backends()
+        ),
+        Implementation("one-hot product", _pytorch(_one_hot)),
+        Implementation("scatter-add", _pytorch(_scatter), note="atomics on a GPU: not reproducible"),
+        Implementation("one-hot, compiled", _pytorch(_one_hot, compile_it=True), compiler_why_not, slow_start=True),
+    )
 )
 OPERATIONS = tuple(
     Operation(

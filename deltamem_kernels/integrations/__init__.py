@@ -1,1 +1,1 @@
-"""The memory inside other packages. Nothing else in this package imports these."""
+"""Integrations with other packages. No other part of this package imports them."""

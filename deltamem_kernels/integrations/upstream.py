@@ -1,11 +1,11 @@
-"""The δ-mem authors' own code, the package `deltamem`, made fast with one line:
+"""Speed up the δ-mem authors' own code, the package `deltamem`, with one call:
 
     from deltamem_kernels.integrations.upstream import patch
 
     patch()
 
-Its models, sessions and training scripts then run this package's scan and segment means, on any device. What else the
-authors' code does stays as it is: where the state lives, its dtype between calls, how masks are read.
+Its models, sessions and training scripts then use this package's scan and segment means, on any device. Everything else
+in the authors' code is unchanged, including where the state is stored, its dtype between calls, and how masks are read.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ Means = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def patch() -> None:
-    """Replaces the scan and the message and sentence means of the authors' code, for layers that exist already too.
+    """Replace the scan and the message and sentence means of the authors' code. Existing layers are included.
 
-    The scan is `deltamem_kernels.compat`'s, under every name that a module of `deltamem` has for it. A layer whose
-    `scan_impl` is "torch" (DELTA_MEM_SCAN_IMPL) asks for the authors' loop, and keeps it. Calling it again changes
-    nothing; `unpatch` takes it back.
+    The new scan is `deltamem_kernels.compat.triton_affine_scan`. It replaces the old one under every name in every
+    module of `deltamem`. Layers with `scan_impl="torch"` (DELTA_MEM_SCAN_IMPL) keep the authors' loop. A second call
+    has no effect. `unpatch` restores the original functions.
 
     Raises:
-        ImportError: `deltamem`, or what it imports, is not installed.
-        RuntimeError: it is another version than this was made for. Nothing is replaced then.
+        ImportError: `deltamem` or one of its dependencies is not installed.
+        RuntimeError: the version of `deltamem` is not supported. Nothing is replaced.
     """
     if _replaced:
         return
@@ -53,7 +53,7 @@ def patch() -> None:
         _check(kernels, name, SCAN[name])
         if vars(layer).get(name) is not getattr(kernels, name):
             raise _other_version(f"{LAYER} does not take {name} from {KERNELS}")
-    for name, like in {**MEANS, **USED}.items():
+    for name, like in {**MEANS, **CALLED}.items():
         _check(attention, name, like)
     _replaced.update({getattr(kernels, name): ours for name, ours in SCAN.items()})
     _replaced.update({getattr(attention, name): ours for name, ours in MEANS.items()})
@@ -61,17 +61,17 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Gives the authors' code its own functions back. Without `patch` before, it changes nothing."""
+    """Restore the authors' functions. Has no effect unless `patch` was called."""
     if _replaced:
         _swap({ours: theirs for theirs, ours in _replaced.items()})
         _replaced.clear()
 
 
-_replaced: dict[Callable, Callable] = {}  # theirs, ours
+_replaced: dict[Callable, Callable] = {}  # the authors' functions and their replacements
 
 
 def _swap(new: dict[Callable, Callable]) -> None:
-    """By identity, since `from … import` has given the functions names elsewhere."""
+    """Replace functions wherever they are referenced, since `from ... import` copies references to other modules."""
     by_id = {id(old): each for old, each in new.items()}
     for owner in _owners():
         for name, value in list(vars(owner).items()):
@@ -80,6 +80,7 @@ def _swap(new: dict[Callable, Callable]) -> None:
 
 
 def _owners() -> Iterator[Any]:
+    """Yield the namespaces that may refer to a replaced function: all modules of `deltamem` and its layer class."""
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and (name == PACKAGE or name.startswith(f"{PACKAGE}.")):
             yield module
@@ -89,7 +90,7 @@ def _owners() -> Iterator[Any]:
 def _module(name: str) -> ModuleType:
     if importlib.util.find_spec(PACKAGE) is None:
         raise ImportError(
-            "patch() needs the δ-mem authors' package `deltamem` (github.com/declare-lab/delta-Mem) on Python's path"
+            "patch() needs the δ-mem authors' package `deltamem` (github.com/declare-lab/delta-Mem) on the Python path"
         )
     try:
         return importlib.import_module(name)
@@ -100,6 +101,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _check(owner: Any, name: str, like: Callable) -> None:
+    """Raise RuntimeError unless owner has a function of this name with the parameters of `like`."""
     function = vars(owner).get(name)
     if not inspect.isfunction(function):
         raise _other_version(f"{owner.__name__} has no function {name}")
@@ -112,8 +114,8 @@ def _other_version(what: str) -> RuntimeError:
     return RuntimeError(f"patch() was made for another version of `deltamem`: {what}. Nothing was replaced")
 
 
-# Methods of the authors' DeltaMemAttention. They return the means `[B, M, D]`, which of them were written `[B, M]`, and
-# the message of each `[B, M]`, or -1; or thrice None, and then each token writes.
+# Replacements for methods of the authors' DeltaMemAttention. They return the means `[B, M, D]`, which of them to write
+# `[B, M]`, and the message index of each `[B, M]` (-1 for none). If they return None three times, every token writes.
 
 
 def _build_message_write_means(self: Any, hidden_states: Tensor, token_mask: Tensor | None) -> Means:
@@ -132,19 +134,22 @@ def _build_sentence_write_means(self: Any, hidden_states: Tensor, token_mask: Te
     ids, means, written = _means(hidden_states, sentence_ids, active)
     last = ids.shape[1] - 1
     tokens = torch.arange(last + 1, device=ids.device)
-    first = ids.new_full(written.shape, last)  # of each sentence's tokens
+    first = ids.new_full(written.shape, last)  # the first token of each sentence
     first.scatter_reduce_(1, ids.clamp_min(0), torch.where(ids < 0, last, tokens), "amin")
     return means, written, torch.where(written, message_ids.to(ids.dtype).gather(1, first), -1)
 
 
 def _means(hidden_states: Tensor, ids: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One synchronisation with a GPU, for the number of segments, where the authors' code has several a segment."""
+    """Return the ids, with -1 for inactive tokens, and the segment means.
+
+    A GPU is synchronised once, for the number of segments; the authors' code synchronises several times per segment.
+    """
     ids = torch.where(active, ids, -1).to(torch.int64)
     return ids, *segment_mean(hidden_states, ids, int(ids.max()) + 1)
 
 
 def _write_inputs(self: Any, hidden_states: Tensor, token_mask: Tensor | None) -> None:
-    """The form of the methods that those above call."""
+    """Signature of the authors' methods that the replacements call."""
 
 
 SCAN: dict[str, Callable] = {"triton_affine_scan": triton_affine_scan, "triton_scan_support": triton_scan_support}
@@ -152,4 +157,4 @@ MEANS: dict[str, Callable] = {
     "_build_message_write_means": _build_message_write_means,
     "_build_sentence_write_means": _build_sentence_write_means,
 }
-USED: dict[str, Callable] = {"_message_write_inputs": _write_inputs, "_sentence_write_inputs": _write_inputs}
+CALLED: dict[str, Callable] = {"_message_write_inputs": _write_inputs, "_sentence_write_inputs": _write_inputs}

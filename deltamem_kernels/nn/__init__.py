@@ -1,4 +1,4 @@
-"""A layer's memory as a module, and its configuration."""
+"""The memory of one layer as a `torch.nn.Module`, and its configuration."""
 
 from .config import DeltaMemConfig
 from .memory import DeltaMemory, MemoryRead

@@ -1,4 +1,4 @@
-"""`DeltaMemConfig`: what a memory is, in the form the δ-mem authors' code keeps on disk."""
+"""`DeltaMemConfig`: the configuration of a memory, in the δ-mem authors' file format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHOICES = {
     "delta_scale_parameterization": ("alpha_over_rank",),
 }
 
-ARCHIVED: dict[str, Any] = {  # in the file of the authors' code, without a meaning in it any more
+ARCHIVED: dict[str, Any] = {  # fields that the authors' code still writes to its file but no longer uses
     "num_memory_partitions": 1,
     "num_global_memory_partitions": 0,
     "memory_partition_routing": "soft",
@@ -54,55 +54,62 @@ ARCHIVED: dict[str, Any] = {  # in the file of the authors' code, without a mean
 
 @dataclass(frozen=True)
 class DeltaMemConfig:
-    """What a memory is. Names and defaults are those of the δ-mem authors' code, whose file it reads and writes.
+    """Configuration of a memory. Field names and defaults are those of the δ-mem authors' code.
 
-    Raises TypeError or ValueError, naming the field, where a value does not fit.
+    Raises:
+        TypeError, ValueError: a field has the wrong type or an invalid value; the message names the field.
     """
 
     rank: int = 8
-    """R, of the R x R state: from 1 to 128."""
+    """R, the size of the R x R state: from 1 to 128."""
     alpha: float = 16.0
-    """A correction is alpha / rank times what the memory read, projected."""
+    """Corrections are scaled by alpha / rank."""
     beta_bias_init: float = -1.5
-    """β starts as its sigmoid, λ (where it is not coupled) as the sigmoid of its negative."""
+    """Initial bias of β. The bias of λ, if λ is not coupled, starts at its negative."""
     normalize_qk: bool = True
-    """q and k are l2norm(tanh(W x)), not W x."""
+    """If True, q and k are l2norm(tanh(W x)); otherwise W x."""
     couple_lambda: bool = True
-    """λ = 1 - β; otherwise λ has weights of its own."""
+    """If True, λ = 1 - β; otherwise λ has its own weights."""
     state_update_mode: str = "standard"
-    """As `mode` of `delta_update`."""
+    """The `mode` of `delta_update`: "standard", "lambda_outside" or "no_lambda"."""
     rankwise_gates: bool = True
-    """A gate for each row of the state; otherwise one for each head."""
+    """If True, each row of the state has its own gates; otherwise each head."""
     output_init: str = "zero"
-    """The corrections' weights at the start: "zero"; "random"; "base_slice", the first R columns of the projection
-    they correct, each normalised; "base_slice_fixed", of these at most base_slice_ref_width."""
+    """Initial correction weights. "zero"; "random"; "base_slice": the first R columns of the corrected projection's
+    weight, each normalised; "base_slice_fixed": the same, but at most base_slice_ref_width columns."""
     base_slice_ref_width: int = 8
+    """Maximum number of columns for "base_slice_fixed"."""
     online_gain: float = 0.05
-    """What "random" and the slices are multiplied with."""
+    """Factor applied to initial weights other than "zero"."""
     num_state_heads: int = 1
-    """H, the states that are kept side by side (MSW where there are several)."""
+    """H, the number of states per layer (MSW if there are several)."""
     memory_write_granularity: str = "token"
-    """"token" (TSW); "message_mean" and "sentence_mean" (SSW): a message or sentence writes once, its mean."""
+    """"token": every token writes (TSW). "message_mean" or "sentence_mean": the mean of each message or sentence writes
+    once (SSW)."""
     target_modules: tuple[str, ...] = ("self_attn",)
-    """The names of the attention modules."""
+    """Names of the attention modules."""
     target_layers: tuple[int, ...] = ()
-    """Which layers get a memory; empty means all."""
+    """Indices of the layers that get a memory; empty means all."""
     delta_heads: tuple[str, ...] = HEADS
-    """The projections that are corrected, of q, k, v and o."""
+    """The projections that the memory corrects, some of "q", "k", "v" and "o"."""
     delta_o_rmsnorm: bool = False
-    """The correction of o goes through an RMSNorm with a weight of its own."""
+    """If True, the correction of o is normalised by an RMSNorm with a trained weight."""
     delta_o_rmsnorm_eps: float = 1e-6
+    """Epsilon of that RMSNorm."""
     trainable_delta_scale: bool = False
-    """alpha / rank is multiplied with sigmoid(raw) · delta_scale_max, and raw is trained."""
+    """If True, corrections are also scaled by sigmoid(raw) · delta_scale_max with a trained `raw`."""
     delta_scale_init: float = 1.0
+    """Initial value of the trained scale."""
     delta_scale_max: float = 2.0
+    """Upper bound of the trained scale."""
     delta_scale_granularity: str = "layer"
-    """One raw for a layer, or with "head" one for each of q, k, v and o."""
+    """"layer": one trained scale per layer. "head": one for each of q, k, v and o."""
     delta_scale_parameterization: str = "alpha_over_rank"
+    """Always "alpha_over_rank"."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = _typed(field.name, getattr(self, field.name), field.default)
+            value = _check_type(field.name, getattr(self, field.name), field.default)
             object.__setattr__(self, field.name, value)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -125,43 +132,44 @@ class DeltaMemConfig:
             raise ValueError(f"delta_heads must be some of {', '.join(HEADS)}, each once, got {self.delta_heads!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field of the authors' file, the archived ones at the only value they may have."""
-        live = {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
-        return {**live, **ARCHIVED}
+        """Return all fields of the authors' file, including the archived ones with their fixed values."""
+        used = {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
+        return {**used, **ARCHIVED}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DeltaMemConfig:
-        """From the fields of the authors' file. Fields that are left out have their defaults.
+        """Create a configuration from the fields of the authors' file. Missing fields have their defaults.
 
         Raises:
-            ValueError: a field that is not known, or an archived one at another value than its default.
+            TypeError: data is not a dict, or a field has the wrong type.
+            ValueError: a field is unknown or invalid, or an archived field differs from its default.
         """
         if not isinstance(data, dict):
             raise TypeError(f"a configuration must be a dict of fields, got {type(data).__name__} {data!r:.60}")
-        live = {field.name for field in fields(cls)}
-        unknown = sorted(data.keys() - live - ARCHIVED.keys())
+        used = {field.name for field in fields(cls)}
+        unknown = sorted(data.keys() - used - ARCHIVED.keys())
         if unknown:
-            raise ValueError(f"fields that δ-mem's configuration does not have: {', '.join(map(repr, unknown))}")
+            raise ValueError(f"unknown fields in a δ-mem configuration: {', '.join(map(repr, unknown))}")
         for name, default in ARCHIVED.items():
             value = data.get(name, default)
             value = list(value) if isinstance(value, tuple) else value
             if value != default:
-                raise ValueError(f"{name} is archived: it must be {default!r}, or left out, got {value!r}")
-        return cls(**{name: x for name, x in data.items() if name in live})
+                raise ValueError(f"{name} is archived: it must be {default!r} or missing, got {value!r}")
+        return cls(**{name: x for name, x in data.items() if name in used})
 
     def save(self, folder: str | Path) -> None:
-        """Writes delta_mem_config.json, as a whole or not at all, into a folder, which is made where it is missing."""
+        """Write delta_mem_config.json to a folder atomically. A missing folder is created."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2) + "\n"
         replace_file(Path(folder) / CONFIG_FILE, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: str | Path) -> DeltaMemConfig:
-        """Reads delta_mem_config.json from a folder.
+        """Load delta_mem_config.json from a folder.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is not such a file, or a field does not fit; the message names both.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not valid JSON, or a field is unknown or invalid. The message names the file.
         """
         path = Path(folder) / CONFIG_FILE
         try:
@@ -170,8 +178,8 @@ class DeltaMemConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """The value in its field's type; lists become tuples, and whole numbers do for floats."""
+def _check_type(name: str, value: Any, default: Any) -> Any:
+    """Return the value with its field's type. Lists become tuples, and ints are accepted for floats."""
     if isinstance(default, tuple):
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]

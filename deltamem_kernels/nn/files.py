@@ -1,4 +1,4 @@
-"""Writing a file so that there is either the old one or the whole new one, whatever interrupts it."""
+"""Replace files atomically."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from pathlib import Path
 
 
 def replace_file(path: Path, write: Callable[[str], object]) -> None:
-    """Has `write` write a file beside, by the name it is given, and puts that in the place of `path` once it is on the
-    disk.
+    """Replace a file atomically: if writing is interrupted, the old file stays.
+
+    The new file is written to a temporary name in the same folder, flushed to disk and renamed to `path`.
+
+    Args:
+        path: the file to replace or create.
+        write: called with the temporary file's name; writes the new content there.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")

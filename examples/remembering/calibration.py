@@ -1,8 +1,9 @@
-"""Where a memory starts: its values are what the frozen model's hidden states differ in.
+"""Initialise the value weights of a memory from the frozen model's hidden states.
 
-Hidden states have a large common part. Random directions read mostly that, and what tells one word from another is a
-few percent of what the memory returns: gradient descent finds it late. So the weights of v start as random directions
-among the largest principal components, scaled to variance 1, and blind to the mean.
+Hidden states share a large common component. Random directions mostly read this component, and the part that separates
+one word from another is only a few percent of what the memory returns, so gradient descent finds it late. The weights
+of v therefore start as random combinations of the largest principal components, scaled to unit variance and orthogonal
+to the mean.
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ from torch import Tensor
 from deltamem_kernels import segment_mean
 from deltamem_kernels.integrations.transformers import memory_layers
 
-from .passes import Batch, by_message, write
+from .passes import Batch, write, writes_messages
 
 COMPONENTS = 128
 
 
 @torch.no_grad()
 def calibrate(model, batches: Iterable[Batch], seed: int = 0) -> None:
-    """Sets the weights of v of a model's memory, from what it writes of these passages."""
+    """Set the value weights of a model's memory from the hidden states that it writes for these passages."""
     found: dict[int, list[Tensor]] = {}
-    messages = by_message(model)
+    messages = writes_messages(model)
 
-    def keep(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def collect(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        kept = batch.passage_mask.bool()
+        written = batch.passage_mask.bool()
         if messages:
-            x, kept = segment_mean(x, batch.message_ids, int(batch.message_ids.max()) + 1)
-        found.setdefault(attention.layer_idx, []).append(x[kept].float())
+            x, written = segment_mean(x, batch.message_ids, int(batch.message_ids.max()) + 1)
+        found.setdefault(attention.layer_idx, []).append(x[written].float())
 
     layers = [attention for _, attention in memory_layers(model)]
-    hooks = [attention.register_forward_pre_hook(keep, with_kwargs=True) for attention in layers]
+    hooks = [attention.register_forward_pre_hook(collect, with_kwargs=True) for attention in layers]
     try:
-        for batch in batches:  # which the hooks read
+        for batch in batches:  # the hooks read `batch`
             write(model, batch)
     finally:
         for hook in hooks:
@@ -49,7 +50,10 @@ def calibrate(model, batches: Iterable[Batch], seed: int = 0) -> None:
 
 
 def whitening(x: Tensor, rows: int, generator: torch.Generator) -> Tensor:
-    """`[rows, D]`: random directions W; over the rows of `x [N, D]`, W x has a variance near 1 and a mean of 0."""
+    """Return random directions W `[rows, D]` such that W x has variance near 1 and mean 0 over the rows of `x [N, D]`.
+
+    The directions are combinations of the largest `COMPONENTS` principal components of x.
+    """
     x = x.double()
     mean = x.mean(0)
     variance, directions = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending

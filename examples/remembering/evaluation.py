@@ -1,4 +1,4 @@
-"""What a memory is worth: the same questions with and without the passage, its state, and another passage's state."""
+"""Evaluate a memory: the same questions with and without the passage, its state, and another passage's state."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import DynamicCache
 
 from deltamem_kernels.integrations.transformers import MemoryCall, memory_layers
 
-from .passes import Batch, Scores, States, ask, by_message, collate, run_stack, score, tokens_of, write
+from .passes import Batch, Scores, States, ask, collate, run_decoder, score, tokenize, write, writes_messages
 from .statistics import interval
-from .tasks import Dialogues, Episode, World, reference
+from .tasks import Dialogues, Episode, World, python_reference
 
 BATCH = 16
 FROZEN = ("frozen, no context", "frozen, with context")
@@ -23,7 +23,7 @@ MEMORY = ("memory, state only", "memory, another passage's state", "memory, with
 
 
 def held_out_sets(largest: int, recall: tuple[int, ...]) -> dict[str, tuple[str, str, int]]:
-    """The held-out questions, by name: the task, the part, and the facts in a passage."""
+    """Return the held-out question sets: name to (task, part, number of facts in a passage)."""
     named = {f"facts, {count} in a passage": ("facts", "held-out", count) for count in range(1, largest + 1)}
     named["facts, 1 in a passage, new words"] = ("facts", "new", 1)
     named |= {f"passwords, {count} in a passage": ("recall", "held-out", count) for count in recall}
@@ -45,14 +45,14 @@ def batches(tokenizer, found: list[Episode], device: str) -> Iterator[Batch]:
 
 @torch.no_grad()
 def answers(model, tokenizer, found: list[Episode], ways: tuple[str, ...], device: str) -> dict[str, dict[str, Any]]:
-    """For each way to answer: accuracy and log-likelihood of the answers, with intervals."""
+    """Return accuracy and log-likelihood of the answers, with intervals, for each way to answer."""
     scores: dict[str, list[Scores]] = {way: [] for way in ways}
     owners: list[Tensor] = []
     for number, batch in enumerate(batches(tokenizer, found, device)):
         owners.append(batch.owner.cpu() + number * BATCH)
         states = write(model, batch) if memory_layers(model) else None
         for way in ways:
-            scores[way].append(score(_answer(model, batch, way, states), batch))
+            scores[way].append(score(_answer_logits(model, batch, way, states), batch))
     passages = torch.cat(owners)
     return {
         way: {
@@ -63,13 +63,13 @@ def answers(model, tokenizer, found: list[Episode], ways: tuple[str, ...], devic
     }
 
 
-def _answer(model, batch: Batch, way: str, states: States | None) -> Tensor:
+def _answer_logits(model, batch: Batch, way: str, states: States | None) -> Tensor:
     if way.endswith("with context"):
         cache = DynamicCache(config=model.config)
         if memory_layers(model):
             write(model, batch, cache=cache)
         else:
-            run_stack(model, batch.passage, batch.passage_mask, cache)
+            run_decoder(model, batch.passage, batch.passage_mask, cache)
         return ask(model, batch, cache=cache)
     if way == "memory, another passage's state":
         states = {index: state.roll(1, 0) for index, state in (states or {}).items()}
@@ -78,38 +78,49 @@ def _answer(model, batch: Batch, way: str, states: States | None) -> Tensor:
 
 @torch.no_grad()
 def text_likelihood(model, windows: Tensor, states: States | None = None, writes: bool = True) -> Tensor:
-    """`[W]`: the mean log-likelihood of a token in each window, in nats. A memory starts from `states`, one for each
-    window, and is read; `writes`: and written as in use."""
+    """Return the mean log-likelihood per token of each window, `[W]`, in nats.
+
+    Args:
+        windows: `[W, T]` token ids.
+        states: initial states of the memory, one for each window. None means zeros.
+        writes: whether the windows are also written to the memory.
+    """
     found = []
     for number, window in enumerate(windows):
         call = nullcontext()
         if memory_layers(model):
             own = None if states is None else {i: x[number : number + 1] for i, x in states.items()}
-            ids = torch.zeros_like(window)[None] if writes and by_message(model) else None  # the window is one message
+            one_message = writes and writes_messages(model)
+            ids = torch.zeros_like(window)[None] if one_message else None
             call = MemoryCall(model, own, write=writes, message_ids=ids)
         with call:
-            hidden = run_stack(model, window[None], torch.ones_like(window)[None])
+            hidden = run_decoder(model, window[None], torch.ones_like(window)[None])
         log_p = model.get_output_embeddings()(hidden[0, :-1]).float().log_softmax(-1)
         found.append(log_p.gather(1, window[1:, None]).mean())
     return torch.stack(found).cpu()
 
 
 def unrelated_text(tokenizer, windows: int, length: int) -> Tensor:
-    """`[windows, length]`: of the topics of Python's reference that training has not seen, one window after another."""
-    ids = tokens_of(tokenizer, "\n".join(reference("held-out")))
+    """Return consecutive windows `[windows, length]` of the Python reference topics held out from training."""
+    ids = tokenize(tokenizer, "\n".join(python_reference("held-out")))
     if len(ids) < windows * length:
-        raise ValueError(f"the held-out topics have {len(ids)} tokens, wanted {windows} windows of {length}")
+        raise ValueError(
+            f"windows * length must be at most {len(ids)}, the tokens of the held-out topics, got {windows} * {length}"
+        )
     return torch.tensor(ids[: windows * length]).view(windows, length)
 
 
 @torch.no_grad()
 def price(model, windows: Tensor, frozen: Tensor, states: States) -> dict[str, dict[str, Any]]:
-    """Likelihood of unrelated text with the memory attached: for each way, the mean in nats a token, and the change
-    against the frozen model's in percent of it, negative where it is worse.
+    """Return the likelihood of unrelated text with the memory attached, for each way to use the memory.
+
+    `log_likelihood` is the mean in nats per token. `change_percent` is the change relative to the frozen model; it is
+    negative if the memory makes the text less likely.
 
     Args:
-        frozen: `[W]`: each window's log-likelihood without a memory.
-        states: of passages, one for each window.
+        windows: `[W, T]` token ids.
+        frozen: `[W]`, each window's log-likelihood without a memory.
+        states: states of passages, one for each window.
     """
     ways = {
         "empty, written and read": (None, True),

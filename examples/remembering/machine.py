@@ -1,4 +1,4 @@
-"""What a result must say about where it comes from; nothing that names a person or a host."""
+"""The provenance recorded with a result: hardware, versions, commit and command, but no user or host name."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def _cpu() -> str:
 
 
 def header() -> dict:
+    """Return the provenance of a result."""
     changes = _git("status", "--porcelain", "--", "deltamem_kernels", "examples", ":!examples/results")
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
     return {

@@ -1,4 +1,4 @@
-"""The two passes: a passage is written, and questions are answered from the states it left."""
+"""The two passes of the model: write a passage to the memory, and answer questions from the resulting states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltamem_kernels.integrations.transformers.cache_keyword import cache_keywo
 
 from .tasks import Episode, Question
 
-TURN = "<|im_start|>{role}\n{text}<|im_end|>\n"  # as SmolLM2 and Qwen write it
+TURN = "<|im_start|>{role}\n{text}<|im_end|>\n"  # the chat format of SmolLM2 and Qwen
 REPLY = "<|im_start|>assistant\n{lead}"
 ROLES = ("user", "assistant")
 LONGEST_ANSWER = 32
@@ -29,27 +29,27 @@ class Batch:
     """Passages, padded on the left, and their questions with answers, padded on the right."""
 
     passage: Tensor
-    """`[P, T]`"""
+    """`[P, T]`: token ids."""
     passage_mask: Tensor
-    """`[P, T]`"""
+    """`[P, T]`: 0 for padding."""
     message_ids: Tensor
-    """`[P, T]`: which message a token is of; -1 for padding."""
+    """`[P, T]`: the index of each token's message; -1 for padding."""
     owner: Tensor
-    """`[Q]`: the passage that a question is about."""
+    """`[Q]`: the index of each question's passage."""
     ids: Tensor
-    """`[Q, L]`"""
+    """`[Q, L]`: token ids of the questions and answers."""
     mask: Tensor
-    """`[Q, L]`"""
+    """`[Q, L]`: 0 for padding."""
     targets: Tensor
-    """`[Q, L]`: the token that is to follow each token of a question; -100 outside of the answer."""
+    """`[Q, L]`: the next token at each position of an answer; -100 elsewhere."""
     choices: Tensor
-    """`[Q, C]`: first tokens of the words that the answer is one of, padded with -1; the answer's own comes first."""
+    """`[Q, C]`: first tokens of the possible answers, the right one first; padded with -1."""
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def tokens_of(tokenizer, text: str) -> list[int]:
+def tokenize(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -58,18 +58,18 @@ def collate(tokenizer, episodes: Sequence[Episode]) -> Batch:
     passages, messages, owner, ids, targets, choices = [], [], [], [], [], []
     for number, episode in enumerate(episodes):
         parts = [
-            tokens_of(tokenizer, TURN.format(role=ROLES[turn % 2], text=text))
+            tokenize(tokenizer, TURN.format(role=ROLES[turn % 2], text=text))
             for turn, text in enumerate(episode.messages)
         ]
         passages.append([token for part in parts for token in part])
         messages.append([turn for turn, part in enumerate(parts) for _ in part])
         for question in episode.questions:
-            prompt, answer = _question(tokenizer, question)
+            prompt, answer = _tokenize_question(tokenizer, question)
             owner.append(number)
             ids.append((prompt + answer)[:-1])
             targets.append([-100] * (len(prompt) - 1) + answer)
             others = [word for word in question.choices if word != question.answer]
-            choices.append([answer[0], *(tokens_of(tokenizer, f" {word}")[0] for word in others)])
+            choices.append([answer[0], *(tokenize(tokenizer, f" {word}")[0] for word in others)])
     passage = _padded(passages, padding, left=True)
     return Batch(
         passage,
@@ -83,10 +83,10 @@ def collate(tokenizer, episodes: Sequence[Episode]) -> Batch:
     )
 
 
-def _question(tokenizer, question: Question) -> tuple[list[int], list[int]]:
+def _tokenize_question(tokenizer, question: Question) -> tuple[list[int], list[int]]:
     prompt = TURN.format(role="user", text=question.text) + REPLY.format(lead=question.lead)
     answer = f" {question.answer}" if question.lead else question.answer
-    return tokens_of(tokenizer, prompt), tokens_of(tokenizer, answer)[:LONGEST_ANSWER]
+    return tokenize(tokenizer, prompt), tokenize(tokenizer, answer)[:LONGEST_ANSWER]
 
 
 def _padded(rows: list[list[int]], value: int, *, left: bool = False) -> Tensor:
@@ -99,35 +99,45 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp_min(0)
 
 
-def by_message(model) -> bool:
-    """Whether the memory writes messages' means (SSW)."""
+def writes_messages(model) -> bool:
+    """Whether the model's memory writes the means of messages (SSW)."""
     return memory_layers(model)[0][1].delta_memory.config.memory_write_granularity != "token"
 
 
 def write(model, batch: Batch, states: States | None = None, cache: DynamicCache | None = None) -> States:
-    """The states behind each passage; they carry gradients. A cache also keeps the passage's keys and values."""
-    with MemoryCall(model, states, message_ids=batch.message_ids if by_message(model) else None) as call:
-        run_stack(model, batch.passage, batch.passage_mask, cache)
+    """Write the passages of a batch to the memory and return the states, which carry gradients.
+
+    Args:
+        states: initial states. None means zeros.
+        cache: if given, it also receives the passages' keys and values.
+    """
+    with MemoryCall(model, states, message_ids=batch.message_ids if writes_messages(model) else None) as call:
+        run_decoder(model, batch.passage, batch.passage_mask, cache)
     return call.states
 
 
-def go_on(model, ids: Tensor, states: States) -> States:
-    """The states behind other text, `[P, T]`, that is written after them: one message, in a context of its own."""
-    with MemoryCall(model, states, message_ids=torch.zeros_like(ids) if by_message(model) else None) as call:
-        run_stack(model, ids, torch.ones_like(ids))
+def write_text(model, ids: Tensor, states: States) -> States:
+    """Write text `[P, T]`, as one message in a new context, to memories in these states. Return the new states."""
+    with MemoryCall(model, states, message_ids=torch.zeros_like(ids) if writes_messages(model) else None) as call:
+        run_decoder(model, ids, torch.ones_like(ids))
     return call.states
 
 
 def first(states: States, passages: int) -> States:
+    """Return the states of the first passages."""
     return {index: state[:passages] for index, state in states.items()}
 
 
-def run_stack(model, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
-    """The last hidden states; the head runs only where a token is wanted."""
-    held = 0 if cache is None else cache.get_seq_length()
-    given = mask[:, held:] if held else mask
-    positions = _positions(mask)[:, held:]
-    assert given.shape == ids.shape
+def run_decoder(model, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    """Return the last hidden states. The language model head is left to the caller, who needs few of its outputs.
+
+    Args:
+        ids: `[B, T]`, the tokens that follow those in the cache.
+        mask: `[B, cached + T]`, 0 for padding.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    assert mask[:, past:].shape == ids.shape
+    positions = _positions(mask)[:, past:]
     decoder = model.get_decoder()
     return decoder(
         input_ids=ids,
@@ -139,27 +149,27 @@ def run_stack(model, ids: Tensor, mask: Tensor, cache: DynamicCache | None = Non
 
 
 def ask(model, batch: Batch, states: States | None = None, cache: DynamicCache | None = None) -> Tensor:
-    """`[N, vocabulary]`: for each token of the answers, one question after the other, what the model expects, float32.
+    """Return the logits for every token of the answers, `[N, vocabulary]`, float32, one question after the other.
 
     Args:
-        states: of the passages; each question reads those of its own. None, or a model without a memory: none.
-        cache: keys and values of the passages too.
+        states: the passages' states; each question reads the state of its own passage. None means no states.
+        cache: the passages' keys and values, and their states if the model has a memory. `states` is then ignored.
     """
     mask = batch.mask
     if cache is not None:
         cache.batch_select_indices(batch.owner)
         mask = torch.cat([batch.passage_mask[batch.owner], mask], 1)
-    calls = nullcontext()
+    call = nullcontext()
     if memory_layers(model):
         own = None if states is None or cache is not None else {i: state[batch.owner] for i, state in states.items()}
-        calls = MemoryCall(model, own, write=False)
-    with calls:
-        hidden = run_stack(model, batch.ids, mask, cache)
+        call = MemoryCall(model, own, write=False)
+    with call:
+        hidden = run_decoder(model, batch.ids, mask, cache)
     return model.get_output_embeddings()(hidden[batch.targets >= 0]).float()
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """The mean over questions of the answer's mean cross-entropy a token."""
+    """Return the mean over questions of the answer's mean cross-entropy per token."""
     wanted = batch.targets >= 0
     loss = F.cross_entropy(logits, batch.targets[wanted], reduction="none")
     weight = (1 / wanted.sum(1, keepdim=True)).expand(wanted.shape)[wanted]
@@ -167,29 +177,34 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def drift(model, windows: Tensor, states: States, writes: bool) -> Tensor:
-    """How far the model's expectations of other text are from the frozen model's: the mean over tokens of the
-    Kullback-Leibler divergence, with a memory that starts from `states`, one for each window, is read, and written
-    where `writes` says so."""
-    mask, messages = torch.ones_like(windows), torch.zeros_like(windows) if by_message(model) else None
+    """Return the mean Kullback-Leibler divergence per token from the frozen model's predictions of other text.
+
+    Args:
+        windows: `[W, T]` token ids of the text.
+        states: initial states of the memory, one for each window.
+        writes: whether the windows are also written to the memory.
+    """
+    mask, messages = torch.ones_like(windows), torch.zeros_like(windows) if writes_messages(model) else None
     head = model.get_output_embeddings()
-    with torch.no_grad(), MemoryCall(model, write=False):  # an empty memory returns zeros
-        frozen = head(run_stack(model, windows, mask)).float().log_softmax(-1)
+    with torch.no_grad(), MemoryCall(model, write=False):  # a memory of zeros reads zeros: the frozen model
+        frozen = head(run_decoder(model, windows, mask)).float().log_softmax(-1)
     with MemoryCall(model, states, message_ids=messages if writes else None, write=writes):
-        ours = head(run_stack(model, windows, mask)).float().log_softmax(-1)
+        ours = head(run_decoder(model, windows, mask)).float().log_softmax(-1)
     return F.kl_div(ours, frozen, log_target=True, reduction="none").sum(-1).mean()
 
 
 @dataclass
 class Scores:
-    """For each question."""
+    """The scores of each question."""
 
     log_likelihood: Tensor
-    """`[Q]`: of the answer, a token, in nats."""
+    """`[Q]`: mean log-likelihood per token of the answer, in nats."""
     correct: Tensor
-    """`[Q]` bool: of all choices the answer's is the likeliest. Of answers without choices it means nothing."""
+    """`[Q]` bool: whether the answer is the most likely choice. Meaningless for answers without choices."""
 
 
 def score(logits: Tensor, batch: Batch) -> Scores:
+    """Score the answers from the logits that `ask` returned."""
     wanted = batch.targets >= 0
     rows = wanted.nonzero()[:, 0]
     log_p = logits.log_softmax(-1)

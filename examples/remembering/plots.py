@@ -1,4 +1,4 @@
-"""Plots as PNG files; matplotlib is imported where one is drawn."""
+"""Plots as PNG files. matplotlib is imported only when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def _save(figure, path: Path) -> None:
 
 
 def smooth(values: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Each value's mean with those before it, `window` of them at most."""
+    """Return the moving average: the mean of each value and up to `window - 1` values before it."""
     return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
 def plot_losses(losses: Sequence[float], accuracies: Sequence[float], path: Path) -> None:
+    """Plot loss and accuracy against the training step."""
     figure, (left, right) = _axes(2)
     steps = range(1, len(losses) + 1)
     for axis, values, name in ((left, losses, "loss, nats a token"), (right, accuracies, "right answers")):
@@ -44,8 +45,10 @@ def plot_losses(losses: Sequence[float], accuracies: Sequence[float], path: Path
 
 
 def plot_session(rows: Sequence[dict], path: Path) -> None:
-    """Recall, the answer's likelihood and the state's norm against the tokens written since: a line for each memory and
-    dtype of its state."""
+    """Plot recall, likelihood of the answer and norm of the states against the tokens written since.
+
+    There is one line for each memory and dtype of its states.
+    """
     figure, axes = _axes(3)
     for memory, dtype in dict.fromkeys((row["memory"], row["state"]) for row in rows):
         mine = [row for row in rows if (row["memory"], row["state"]) == (memory, dtype)]

@@ -8,18 +8,18 @@ from .statistics import apart, over_seeds
 
 NO_CONTEXT, STATE_ONLY, CONTROL = "frozen, no context", "memory, state only", "memory, another passage's state"
 FREE_TEXT = "dialogue"
-"""In a set's name: only the likelihood of its answers means something."""
+"""Sets with this word in their name have free-text answers, for which only the likelihood is meaningful."""
 
 
-def share(x: dict[str, Any]) -> str:
+def format_accuracy(x: dict[str, Any]) -> str:
     return f"{100 * x['mean']:.1f} % [{100 * x['low']:.0f}, {100 * x['high']:.0f}]"
 
 
-def nats(x: dict[str, Any]) -> str:
+def format_nats(x: dict[str, Any]) -> str:
     return f"{x['mean']:.2f} [{x['low']:.2f}, {x['high']:.2f}]"
 
 
-def percent(x: dict[str, Any]) -> str:
+def format_change(x: dict[str, Any]) -> str:
     return f"{x['mean']:+.2f} % [{x['low']:+.2f}, {x['high']:+.2f}]"
 
 
@@ -28,19 +28,21 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Tables of right answers and of likelihoods, a column for each set of questions, and of the price.
+    """Format results as tables of accuracy and likelihood, one column per question set, and a table of the price.
 
-    Memories that differ in the seed alone are one: the mean over seeds, and from the lowest to the highest end of their
-    intervals. What is better than the frozen model without context and the control, with intervals apart, is bold.
+    Memories that differ only in their seed share a row: the mean over seeds, and an interval from the lowest to the
+    highest end of the seeds' intervals. A figure is bold if its interval lies entirely above those of the frozen model
+    without context and of the control.
     """
-    memories = _by_settings(results["memories"])
+    memories = _group_by_settings(results["memories"])
     parts = []
-    for key, title, form in (
-        ("accuracy", "Right answers", share),
-        ("log_likelihood", "Log-likelihood of the answer, nats a token", nats),
+    for key, title, format_cell in (
+        ("accuracy", "Right answers", format_accuracy),
+        ("log_likelihood", "Log-likelihood of the answer, nats per token", format_nats),
     ):
         sets = [x for x in results["frozen"] if key != "accuracy" or FREE_TEXT not in x]
-        rows = [[way, *(form(results["frozen"][x][way][key]) for x in sets)] for way in results["frozen"][sets[0]]]
+        ways = list(results["frozen"][sets[0]])
+        rows = [[way, *(format_cell(results["frozen"][x][way][key]) for x in sets)] for way in ways]
         for name, seeds in memories.items():
             found = {
                 (way, x): over_seeds([memory["answers"][x][way][key] for memory in seeds])
@@ -52,21 +54,27 @@ def markdown(results: dict[str, Any]) -> str:
                 for x in sets:
                     others = results["frozen"][x][NO_CONTEXT][key], found[CONTROL, x]
                     better = way == STATE_ONLY and all(apart(found[way, x], other) for other in others)
-                    text = form(found[way, x])
+                    text = format_cell(found[way, x])
                     cells.append(f"**{text}**" if better else text)
                 rows.append([f"{name}: {way.removeprefix('memory, ')}", *cells])
         parts.append(f"**{title}**\n\n" + table(["", *sets], rows))
     ways = [way for way in results["memories"][0]["price"] if way != "frozen"]
     rows = [
-        [way, *(percent(over_seeds([x["price"][way]["change_percent"] for x in seeds])) for seeds in memories.values())]
+        [
+            way,
+            *(
+                format_change(over_seeds([x["price"][way]["change_percent"] for x in seeds]))
+                for seeds in memories.values()
+            ),
+        ]
         for way in ways
     ]
-    parts.append("**Likelihood of unrelated text, against the frozen model**\n\n" + table(["", *memories], rows))
+    parts.append("**Likelihood of unrelated text, relative to the frozen model**\n\n" + table(["", *memories], rows))
     return "\n\n".join(parts)
 
 
-def _by_settings(memories: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By the name of the first, with how many seeds there are."""
+def _group_by_settings(memories: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group memories that differ only in their seed, under the first one's name and the number of seeds."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for memory in memories:
         same = {name: value for name, value in memory["settings"].items() if name != "seed"}

@@ -1,4 +1,4 @@
-"""Recall after a long session: a passage, then many tokens of other text, then the question, from the states alone."""
+"""Recall after a long session: write a passage, then much other text, then answer from the states alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .passes import Batch, States, ask, go_on, score, write
+from .passes import Batch, States, ask, score, write, write_text
 from .statistics import interval
 
 
@@ -16,23 +16,23 @@ from .statistics import interval
 def session(
     model, batch: Batch, text: Tensor, lengths: list[int], rounded: bool, window: int
 ) -> Iterator[dict[str, Any]]:
-    """For each length, as it is reached: accuracy, log-likelihood, and the mean norm of a layer's state.
+    """Yield accuracy, log-likelihood and the mean norm of a layer's state after each length.
 
     Args:
         batch: passages and their questions.
-        text: `[tokens]`, what is written behind the passages; begun again where it ends.
+        text: `[tokens]`, the text written after the passages. It is repeated if it is too short.
         lengths: tokens written since the passage, ascending, multiples of `window`.
-        rounded: the states are kept in bfloat16 from call to call.
-        window: tokens in a call. Each call sees its own tokens and the states, nothing else.
+        rounded: if True, the states are rounded to bfloat16 after every call.
+        window: tokens in a call. Each call sees only its own tokens and the states.
     """
-    keep = (lambda state: state.bfloat16().float()) if rounded else (lambda state: state)
-    states: States = {index: keep(state) for index, state in write(model, batch).items()}
+    store = (lambda state: state.bfloat16().float()) if rounded else (lambda state: state)
+    states: States = {index: store(state) for index, state in write(model, batch).items()}
     written, passages = 0, len(batch.passage)
     for length in lengths:
         while written < length:
             places = torch.arange(written, written + window, device=text.device) % len(text)
             ids = text[places].expand(passages, window)
-            states = {index: keep(state) for index, state in go_on(model, ids, states).items()}
+            states = {index: store(state) for index, state in write_text(model, ids, states).items()}
             written += window
         found = score(ask(model, batch, states), batch)
         norms = torch.stack([state.flatten(1).norm(dim=1) for state in states.values()])

@@ -1,4 +1,4 @@
-"""What a training run is: model, memory, data, optimiser."""
+"""The settings of a training run: model, memory, data and optimizer."""
 
 from __future__ import annotations
 
@@ -12,56 +12,58 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "ssw": {"memory_write_granularity": "message_mean"},
     "msw": {"num_state_heads": 4},
 }
-"""Each token writes; the mean of each message; four states side by side."""
+"""Write strategies. tsw: every token writes. ssw: the mean of each message writes. msw: four states per layer."""
 
 BY_STRATEGY: dict[str, dict[str, float]] = {
     "tsw": {},
     "ssw": {"beta_bias": -1.5, "alpha": 16.0, "gap": 0, "steps": 150},
     "msw": {"steps": 150},
 }
-"""Where a strategy's defaults are not those of Settings. A memory that each token writes has to forget slowly from the
-start: gradients then reach the passage through the tokens of other text behind it. A correction is alpha / rank times
-what is read, which is the smaller the less is written. Where messages write, that text is one write, as large as the
-passage's: such a memory did not learn with it. TSW begins to learn late, between steps 70 and 85 by the seed: 150 steps
-are too few."""
+"""Defaults of a strategy that differ from those of `Settings`.
+
+If every token writes, the memory has to forget slowly from the start (a small beta_bias), so that gradients reach the
+passage through the other text that follows it. Less is then written and read, and alpha is larger to compensate. If
+messages write, the other text is a single write of the same size as the passage's, and the memory did not learn with
+it: gap is 0. TSW starts to learn late, between steps 70 and 85 depending on the seed, so 150 steps are too few for it.
+"""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are those of `train.py` for TSW."""
+    """Settings of a training run. The defaults are the defaults of `train.py` for TSW."""
 
     model: str = "smollm2"
     strategy: str = "tsw"
     rank: int = 8
     alpha: float = 128.0
     beta_bias: float = -4.0
-    """a write begins as sigmoid(beta_bias) of what is written, and erases as much"""
+    """The write and erase gates start at sigmoid(beta_bias)."""
     heads: str = "qo"
-    """the projections that are corrected"""
+    """The projections that the memory corrects."""
     first_layer: int = 0
-    """the first one that has a memory"""
+    """The first layer with a memory."""
     tasks: str = "facts"
-    """comma-separated, in turn: facts, recall, dialogue"""
+    """Comma-separated tasks, used in turn: facts, recall, dialogue."""
     most: int = 1
-    """facts or passwords in a passage: from 1 to so many"""
+    """Maximum number of facts or passwords in a passage."""
     gap: int = 32
-    """tokens of other text, at most, that are written between a passage and its questions"""
+    """Maximum number of tokens of other text written between a passage and its questions."""
     words: int = 8
-    """that an answer is one of, at most"""
+    """Maximum number of possible answers to a question."""
     keep: float = 3.0
-    """weight of the divergence from the frozen model on other text"""
+    """Weight of the divergence from the frozen model on other text."""
     steps: int = 300
     batch: int = 24
-    """passages in a step, for each process"""
+    """Passages in a batch, for each process."""
     accumulate: int = 1
     learning_rate: float = 2e-3
     warmup: int = 20
     clip: float = 1.0
     calibrate: int = 1
-    """0: v starts from the package's random weights"""
+    """1 initialises the value weights from hidden states (see calibration.py); 0 keeps the random ones."""
     seed: int = 0
     dtype: str = "bfloat16"
-    """of the frozen model; the memory is float32"""
+    """Dtype of the frozen model. The memory is float32."""
 
     def memory(self, layers: int) -> DeltaMemConfig:
         return DeltaMemConfig(

@@ -1,4 +1,4 @@
-"""Means with 95 % intervals, by a bootstrap over passages: the questions of one passage are not independent."""
+"""Means with 95 % intervals from a bootstrap over passages, since the questions of one passage are not independent."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ RESAMPLES = 4000
 
 
 def interval(values: Tensor, passages: Tensor) -> dict[str, Any]:
-    """Mean over all questions, and the interval of a bootstrap whose random numbers are the same on every run.
+    """Return the mean over all questions and its bootstrap interval. The resampling is the same on every run.
 
     Args:
         values: `[Q]`, one for each question.
-        passages: `[Q]`: which passage each question is about.
+        passages: `[Q]`, the index of each question's passage.
     """
     values = values.double()
     count = int(passages.max()) + 1
@@ -27,12 +27,15 @@ def interval(values: Tensor, passages: Tensor) -> dict[str, Any]:
 
 
 def apart(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether the first is higher and the intervals do not overlap."""
+    """Whether interval a lies entirely above interval b."""
     return a["low"] > b["high"]
 
 
 def over_seeds(intervals: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of the means, and from the lowest to the highest end: what is apart of this is apart for each."""
+    """Combine the intervals of several seeds: the mean of their means, and their lowest and highest ends.
+
+    If the result is apart from another interval, so is the interval of each seed.
+    """
     return {
         "mean": sum(x["mean"] for x in intervals) / len(intervals),
         "low": min(x["low"] for x in intervals),

@@ -1,4 +1,4 @@
-"""Training a memory on a frozen model: a passage is written, its questions are answered from the states alone."""
+"""Train a memory on a frozen model: write a passage, then answer its questions from the states alone."""
 
 from __future__ import annotations
 
@@ -17,34 +17,38 @@ from deltamem_kernels.integrations.transformers import attach_memory
 
 from .calibration import calibrate
 from .checkpoint import load_checkpoint, save_checkpoint
-from .passes import Batch, answer_loss, ask, collate, drift, first, go_on, score, tokens_of, write
+from .passes import Batch, answer_loss, ask, collate, drift, first, score, tokenize, write, write_text
 from .settings import Settings
-from .tasks import Dialogues, Episode, World, reference
+from .tasks import Dialogues, Episode, World, python_reference
 
 CALIBRATION = 8  # batches
-WINDOWS, WINDOW = 4, 64  # of other text that is to stay as expected, in a step, and the tokens of each
-LONGEST_GAP = 1024  # tokens, which several topics have
-CHARACTERS = 60  # of a topic, for each token that is wanted of it
+WINDOWS, WINDOW = 4, 64  # windows of other text in a step, for the divergence, and tokens in each
+LONGEST_GAP = 1024  # tokens; several topics are at least this long
+CHARACTERS = 60  # characters of a topic to tokenize for each token needed
 CHECKPOINT = "checkpoint.pt"
 LOSSES = "losses.json"
 
 
 def world_of(tokenizer, words: int) -> World:
-    """The facts whose answers this tokenizer has as one token, of so many words for each relation."""
-    return World(lambda word: len(tokens_of(tokenizer, f" {word}")) == 1, words)
+    """Return the world of facts whose values are single tokens, at most `words` values per relation."""
+    return World(lambda word: len(tokenize(tokenizer, f" {word}")) == 1, words)
 
 
-def runs_of(folders: list[Path]) -> list[dict[str, Any]]:
-    """What `train.py` left in each folder; they can be compared if they are of one model, dtype and number of words."""
+def load_runs(folders: list[Path]) -> list[dict[str, Any]]:
+    """Load losses.json from each of `train.py`'s folders.
+
+    Raises:
+        SystemExit: the runs differ in their model, dtype or number of words and cannot be compared.
+    """
     runs = [json.loads((folder / LOSSES).read_text()) for folder in folders]
     if len({(run["settings"]["model"], run["settings"]["dtype"], run["settings"]["words"]) for run in runs}) > 1:
-        raise SystemExit("the folders are of different models, dtypes or words")
+        raise SystemExit("the folders must have the same model, dtype and words")
     return runs
 
 
 class Lessons:
-    """The training data: a step's batch follows from the seed, the step and the process alone, so that a run that goes
-    on sees what it would have seen."""
+    """The training data. A batch depends only on the seed, the step, the part and the process, so a resumed run sees
+    the same batches as an uninterrupted one."""
 
     def __init__(self, settings: Settings, tokenizer) -> None:
         if not 0 <= settings.gap <= LONGEST_GAP:
@@ -52,28 +56,28 @@ class Lessons:
         self.settings, self.tokenizer = settings, tokenizer
         self.world = world_of(tokenizer, settings.words)
         self.tasks = settings.tasks.split(",")
-        self.texts = reference("train")
+        self.texts = python_reference("train")
         self.dialogues = Dialogues("train") if "dialogue" in self.tasks else None
 
     def batch(self, step: int, part: int = 0, process: int = 0) -> Batch:
-        """Batch `part` of those accumulated in a step. All its passages are of one task."""
+        """Return batch `part` of the batches accumulated in a step. All its passages belong to one task."""
         rng = random.Random(f"{self.settings.seed}/{step}/{part}/{process}")
         task = self.tasks[(step + part) % len(self.tasks)]
         return collate(self.tokenizer, [self._episode(task, rng) for _ in range(self.settings.batch)])
 
     def other_text(self, rows: int, length: int, *seed: int | str) -> Tensor:
-        """`[rows, length]`: of Python's reference, windows of its topics."""
+        """Return random windows of Python's language reference, `[rows, length]`."""
         rng = random.Random(f"text/{self.settings.seed}/" + "/".join(map(str, seed)))
         found: list[list[int]] = []
         while len(found) < rows:
-            ids = tokens_of(self.tokenizer, rng.choice(self.texts)[: CHARACTERS * length])
+            ids = tokenize(self.tokenizer, rng.choice(self.texts)[: CHARACTERS * length])
             if len(ids) > length:
                 start = rng.randrange(len(ids) - length)
                 found.append(ids[start : start + length])
         return torch.tensor(found)
 
-    def between(self, step: int, part: int = 0, process: int = 0) -> Tensor | None:
-        """What is written between a step's passages and their questions: from 0 to `gap` tokens of other text."""
+    def gap_text(self, step: int, part: int = 0, process: int = 0) -> Tensor | None:
+        """Return 0 to `gap` tokens of other text to write between a batch's passages and their questions."""
         rng = random.Random(f"gap/{self.settings.seed}/{step}/{part}/{process}")
         length = rng.randint(0, self.settings.gap)
         return self.other_text(self.settings.batch, length, "gap", step, part, process) if length else None
@@ -85,14 +89,14 @@ class Lessons:
 
 
 class Trainer:
-    """AdamW over the memory's weights, with a warm-up and a cosine; the model stays frozen.
+    """Train the memory's weights with AdamW, a warm-up and a cosine schedule. The model stays frozen.
 
-    With torch.distributed initialised, each process takes batches of its own and the gradients are averaged: the
-    weights to train are few, and the frozen ones need no wrapper.
+    If torch.distributed is initialised, each process draws its own batches and the gradients are averaged. There are
+    few trained weights, so no wrapper is needed.
 
     Attributes:
-        step: steps done.
-        losses, accuracies: of each step done, in this process.
+        step: number of completed steps.
+        losses, accuracies: loss and accuracy of each completed step, in this process.
     """
 
     def __init__(self, model, tokenizer, settings: Settings) -> None:
@@ -110,11 +114,9 @@ class Trainer:
         self.accuracies: list[float] = []
 
     def calibrate(self) -> None:
-        """Where the memory starts; the same in every process."""
-        device = next(iter(self.weights.values())).device
-        calibrate(
-            self.model, (self.lessons.batch(-1 - part).to(device) for part in range(CALIBRATION)), self.settings.seed
-        )
+        """Initialise the memory's value weights, identically in every process."""
+        batches = (self.lessons.batch(-1 - part).to(self.device) for part in range(CALIBRATION))
+        calibrate(self.model, batches, self.settings.seed)
         if dist.is_initialized():
             for weight in self.weights.values():
                 dist.broadcast(weight.detach(), 0)
@@ -125,23 +127,23 @@ class Trainer:
         return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
     def advance(self) -> None:
-        """One step of the optimiser."""
+        """Run one optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         loss_sum = accuracy_sum = 0.0
         parts = self.settings.accumulate
         for part in range(parts):
-            batch = self.lessons.batch(self.step, part, _process()).to(self.device)
+            batch = self.lessons.batch(self.step, part, _rank()).to(self.device)
             states = write(self.model, batch)
-            between = self.lessons.between(self.step, part, _process())
-            if between is not None:
-                states = go_on(self.model, between.to(self.device), states)
+            gap_text = self.lessons.gap_text(self.step, part, _rank())
+            if gap_text is not None:
+                states = write_text(self.model, gap_text.to(self.device), states)
             logits = ask(self.model, batch, states)
             loss = total = answer_loss(logits, batch)
             if self.settings.keep:
                 rows = min(WINDOWS, self.settings.batch)
-                windows = self.lessons.other_text(rows, WINDOW, self.step, part, _process()).to(self.device)
-                writes = self.step % 2 == 0  # memories are used both ways: going on, and only read
+                windows = self.lessons.other_text(rows, WINDOW, self.step, part, _rank()).to(self.device)
+                writes = self.step % 2 == 0  # train both uses of a memory: read and written, and read only
                 total = loss + self.settings.keep * drift(self.model, windows, first(states, len(windows)), writes)
             (total / parts).backward()
             loss_sum += loss.item()
@@ -172,10 +174,10 @@ class Trainer:
         )
 
     def resume(self, folder: Path) -> bool:
-        """Goes on from the checkpoint in the folder, if there is one.
+        """Resume from the checkpoint in the folder. Return False if there is none.
 
         Raises:
-            ValueError: it is of another run.
+            ValueError: the checkpoint belongs to a run with other settings.
         """
         if not (folder / CHECKPOINT).exists():
             return False
@@ -183,7 +185,7 @@ class Trainer:
         mine = self.settings.to_dict()
         if saved["settings"] != mine:
             different = sorted(key for key in mine if saved["settings"].get(key) != mine[key])
-            raise ValueError(f"{folder / CHECKPOINT} is of a run with other settings: {', '.join(different)}")
+            raise ValueError(f"{folder / CHECKPOINT} comes from a run with other settings: {', '.join(different)}")
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(saved["weights"][name])
@@ -192,15 +194,15 @@ class Trainer:
         return True
 
     def run(self, folder: Path, save_every: int, after_step: Callable[[Trainer], None] = lambda trainer: None) -> None:
-        """To the last step, with a checkpoint every so many of them, and one at the end."""
+        """Train to the last step. Save a checkpoint every `save_every` steps and after the last one."""
         if self.step == 0 and self.settings.calibrate:
             self.calibrate()
         while self.step < self.settings.steps:
             self.advance()
-            if _process() == 0 and (self.step % save_every == 0 or self.step == self.settings.steps):
+            if _rank() == 0 and (self.step % save_every == 0 or self.step == self.settings.steps):
                 self.save(folder)
             after_step(self)
 
 
-def _process() -> int:
+def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0

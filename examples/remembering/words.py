@@ -1,4 +1,4 @@
-"""What the facts are made of: people, things, and the words that answers are chosen from. Written for this example."""
+"""People, things, answers and templates that the facts are built from. Written for this example."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ CODES = _words(
 
 
 class Templates(NamedTuple):
-    """Ways to tell a fact, to ask for it, and to begin the answer, which then is one word."""
+    """Templates that state a fact, ask about it, and begin a reply whose next word is the answer."""
 
     tell: tuple[str, ...]
+    """Statements, with {0} for the subject and {1} for the value."""
     ask: tuple[tuple[str, str], ...]
+    """Pairs of a question and the beginning of the reply, with {} for the subject."""
 
 
 class Relation(NamedTuple):
-    """What can be said of a subject, and the words that it can be."""
+    """A relation between a subject and a value, with its possible values and its templates."""
 
     values: tuple[str, ...]
     train: Templates

@@ -1,4 +1,4 @@
-"""A memory for the models of transformers: attach it, use the model as before."""
+"""Attach a δ-mem memory to transformers models, which are then used as before."""
 
 from .adapter import load_adapter, save_adapter
 from .attach import attach_memory, detach_memory, memory_layers

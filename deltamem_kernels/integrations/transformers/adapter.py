@@ -1,4 +1,4 @@
-"""A memory's weights on disk: this package's safetensors, and what the δ-mem authors' code writes."""
+"""Save and load the weights of a memory, in this package's safetensors format or the δ-mem authors' format."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...nn import DeltaMemConfig
+from ...nn import DeltaMemConfig, DeltaMemory
 from ...nn.config import HEADS
-from .attach import build, install
+from .attach import build_memories, install_memories
 from .layers import memory_layers
 from .states import read_safetensors, write_safetensors
 
@@ -24,95 +24,112 @@ FORMAT = "deltamem_kernels.adapter"
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Writes the memory of a model into a folder: delta_mem_config.json and delta_mem_adapter.safetensors, each whole.
+    """Save a model's memory to a folder, as delta_mem_config.json and delta_mem_adapter.safetensors.
 
-    The weights are named as in the authors' code, `<module path>.<name>`, and keep their dtype.
+    Each file is replaced atomically. The weights keep their dtype and are named as in the authors' code,
+    `<module path>.<name>`.
 
     Raises:
         ValueError: the model has no memory.
     """
     layers = memory_layers(model)
     if not layers:
-        raise ValueError("the model has no memory: attach_memory gives it one")
+        raise ValueError("the model has no memory: call attach_memory first")
     config = layers[0][1].delta_memory.config
-    weights = {f"{unwrapped(name)}.{key}": x for name, m in layers for key, x in m.delta_memory.named_parameters()}
     config.save(folder)
-    write_safetensors(
-        weights, Path(folder) / WEIGHTS_FILE, {"format": FORMAT, "version": "1", "config": digest(config)}
-    )
+    metadata = {"format": FORMAT, "version": "1", "config": config_digest(config)}
+    weights = named_weights({name: attention.delta_memory for name, attention in layers})
+    write_safetensors(weights, Path(folder) / WEIGHTS_FILE, metadata)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> DeltaMemConfig:
-    """Gives a model the memory that `save_adapter`, or the authors' code, wrote into a folder.
+    """Load a memory that `save_adapter` or the authors' code saved.
 
-    A model that has a memory of the same configuration gets its weights; one that has none gets it. Of the authors'
-    delta_mem_adapter.pt only tensors are read (weights_only).
+    If the model has no memory, one is attached. If it has a memory with the same configuration, its weights are
+    replaced. The authors' delta_mem_adapter.pt is read with `weights_only=True`, so no code in it runs. If loading
+    fails, the model is unchanged.
 
     Args:
-        dtype: of the weights, where the model has no memory yet.
+        model: a transformers model.
+        folder: the folder with the configuration and the weights.
+        dtype: dtype of the weights if a memory is attached.
+
+    Returns:
+        The configuration of the memory.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged or another kind of file, or does not fit the model, which stays as it was.
+        FileNotFoundError: the configuration or the weights are missing.
+        ValueError: a file is damaged or of another kind, or does not fit the model.
     """
     config = DeltaMemConfig.load(folder)
-    path, weights = _read(Path(folder), config)
+    path, weights = _read_weights(Path(folder), config)
     layers = {name: attention.delta_memory for name, attention in memory_layers(model)}
-    fresh = not layers
-    if fresh:  # the weights at the start need not be computed
-        layers = build(model, replace(config, output_init="zero"), dtype)
+    is_new = not layers
+    if is_new:  # output_init="zero" is the cheapest; the weights are replaced below
+        layers = build_memories(model, replace(config, output_init="zero"), dtype)
     elif any(memory.config != config for memory in layers.values()):
-        raise ValueError(f"{path}: the model has a memory of another configuration: detach_memory takes it away")
-    wanted = {f"{unwrapped(name)}.{key}": x for name, memory in layers.items() for key, x in memory.named_parameters()}
-    _check(path, weights, wanted)
+        raise ValueError(
+            f"{path}: the model has a memory with another configuration: remove it with detach_memory first"
+        )
+    wanted = named_weights(layers)
+    _check_weights(path, weights, wanted)
     with torch.no_grad():
         for name, weight in wanted.items():
             weight.copy_(weights[name])
-    if fresh:
+    if is_new:
         for memory in layers.values():
             memory.config = config
-        install(model, layers)
+        install_memories(model, layers)
     return config
 
 
-def unwrapped(name: str) -> str:
-    """A module's name in the model itself, without torch.compile, DistributedDataParallel and PEFT around it."""
+def named_weights(memories: dict[str, DeltaMemory]) -> dict[str, Tensor]:
+    """Return all weights of the memories, under the names that the files use."""
+    return {
+        f"{unwrap_name(name)}.{key}": weight
+        for name, memory in memories.items()
+        for key, weight in memory.named_parameters()
+    }
+
+
+def unwrap_name(name: str) -> str:
+    """Remove the prefixes of torch.compile, DistributedDataParallel and PEFT from a module's name."""
     name = ".".join(part for part in name.split(".") if part != "_orig_mod")
     return re.sub(r"^(module\.|base_model\.model\.)+", "", name)
 
 
-def digest(config: DeltaMemConfig) -> str:
-    """Ties the two files of a folder together."""
+def config_digest(config: DeltaMemConfig) -> str:
+    """Return a digest of a configuration, stored with the weights to detect files that do not belong together."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
-def _read(folder: Path, config: DeltaMemConfig) -> tuple[Path, dict[str, Tensor]]:
+def _read_weights(folder: Path, config: DeltaMemConfig) -> tuple[Path, dict[str, Tensor]]:
     path = folder / WEIGHTS_FILE
     if path.is_file() or not (folder / AUTHORS_FILE).is_file():
         weights, metadata = read_safetensors(path)
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, "1"):
-            raise ValueError(f"{path}: not the weights of a memory, but metadata {metadata}")
-        if metadata.get("config") != digest(config):
-            raise ValueError(f"{path}: saved with another configuration than the delta_mem_config.json beside it")
+            raise ValueError(f"{path}: not a file of memory weights: its metadata is {metadata}")
+        if metadata.get("config") != config_digest(config):
+            raise ValueError(f"{path}: saved with another configuration than the delta_mem_config.json in this folder")
         return path, weights
     path = folder / AUTHORS_FILE
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a whole file of tensors: {error}") from error
+        raise ValueError(f"{path}: not a complete file of tensors: {error}") from error
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise ValueError(f"{path}: not a dict of tensors")
-    return path, _active(weights, config)
+    return path, _zero_unused(weights, config)
 
 
-def _active(weights: dict[str, Tensor], config: DeltaMemConfig) -> dict[str, Tensor]:
-    """Without the values of what corrects nothing: the authors' code ignores them, and here they are zero."""
-    off = tuple(f".delta_{head}_proj" for head in HEADS if head not in config.delta_heads)
-    return {name: torch.zeros_like(x) if name.endswith(off) else x for name, x in weights.items()}
+def _zero_unused(weights: dict[str, Tensor], config: DeltaMemConfig) -> dict[str, Tensor]:
+    """Set the correction weights of uncorrected projections to zero. The authors' code ignores their values."""
+    unused = tuple(f".delta_{head}_proj" for head in HEADS if head not in config.delta_heads)
+    return {name: torch.zeros_like(x) if name.endswith(unused) else x for name, x in weights.items()}
 
 
-def _check(path: Path, weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    for what, names in (("lacks", wanted.keys() - weights.keys()), ("has also", weights.keys() - wanted.keys())):
+def _check_weights(path: Path, weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for what, names in (("lacks", wanted.keys() - weights.keys()), ("also has", weights.keys() - wanted.keys())):
         if names:
             some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise ValueError(f"{path} does not fit the model: it {what} {some}")
@@ -120,4 +137,6 @@ def _check(path: Path, weights: dict[str, Tensor], wanted: dict[str, Tensor]) ->
         given = weights[name]
         if given.shape != weight.shape or not given.is_floating_point():
             got = f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
-            raise ValueError(f"{path} does not fit the model: {name} must be floating {list(weight.shape)}, got {got}")
+            raise ValueError(
+                f"{path} does not fit the model: {name} must be a floating tensor {list(weight.shape)}, got {got}"
+            )

@@ -1,10 +1,10 @@
-"""The states of a request, in the cache that holds its keys and values.
+"""The states of a request, stored in the cache that holds its keys and values.
 
-The releases' own slots for recurrent states are in layers of other types (linear attention), which a model's
-configuration asks for and whose `crop` refuses where such a state is; so ours are beside the layers.
+transformers has its own slots for recurrent states, but only in layers of other types (linear attention), which a
+model's configuration selects and which cannot be cropped. The memory's states are therefore stored next to the layers.
 
-The cache that a model is given becomes a subclass of its own class, with the states of each layer in it: whoever
-copies, reorders, selects, crops or resets the cache does so with the states.
+The class of a cache that is passed to a model is replaced by a subclass with the memory's states. Copying, reordering,
+selecting, cropping or resetting the cache then does the same to the states.
 """
 
 from __future__ import annotations
@@ -21,60 +21,65 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from ...nn.writes import Writes
 from .states import check_states
 
-ROLLBACK = 128  # tokens that can be taken back at any time; more while the call that wrote them is the latest
-
+ROLLBACK = 128  # tokens that can always be cropped; the latest call can be cropped even if it has more
 
 QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
 class Step(NamedTuple):
-    """A call of a layer, so that it can be undone, or done in part."""
+    """One call of a layer, recorded so that it can be undone fully or in part."""
 
     tokens: int
     before: Tensor | None
+    """The state before the call. None means zeros."""
     writes: Writes | None
+    """The writes of each token. None if tokens did not write, or messages wrote their means."""
     wrote: bool
 
     def first(self, tokens: int) -> Step:
-        """The call of its first tokens alone."""
+        """Return the call reduced to its first tokens."""
         return self._replace(tokens=tokens, writes=self.writes and self.writes.first(tokens))
 
     def state(self) -> Tensor | None:
-        """What it leaves."""
+        """Return the state after the call."""
         return self.before if self.writes is None or self.tokens == 0 else self.writes.onto(self.before)
 
 
 class LayerMemory:
-    """The state of one layer, and the calls that can be undone."""
+    """The state of one layer, and the latest calls, which can be undone."""
 
     def __init__(self, state: Tensor | None = None) -> None:
         self.state = state
         self.steps: deque[Step] = deque()
-        self.held = 0
-        """tokens of these calls"""
+        self.recorded_tokens = 0
+        """Number of tokens in `steps`."""
 
     def advance(self, state: Tensor, step: Step) -> None:
+        """Set the state after a call and record the call."""
         self.state = state
         self.steps.append(step)
-        self.held += step.tokens
-        while self.held - self.steps[0].tokens >= ROLLBACK:
-            self.held -= self.steps.popleft().tokens
+        self.recorded_tokens += step.tokens
+        while self.recorded_tokens - self.steps[0].tokens >= ROLLBACK:
+            self.recorded_tokens -= self.steps.popleft().tokens
 
     def check_crop(self, tokens: int) -> None:
+        """Raise ValueError if the latest tokens cannot be undone."""
         for step in reversed(self.steps):
             if tokens < step.tokens and step.wrote and step.writes is None and tokens > 0:
-                raise ValueError(f"a call that wrote messages can be taken back only whole, {step.tokens} tokens")
+                raise ValueError(f"a call that wrote messages can only be cropped as a whole, {step.tokens} tokens")
             tokens -= step.tokens
             if tokens <= 0:
                 return
         if tokens > 0:
             raise ValueError(
-                f"the memory can take back {self.held} tokens here, not {self.held + tokens}: it keeps the writes of "
-                f"the latest {ROLLBACK} tokens or of the latest call, and none from before a reordering of the batch"
+                f"the memory can be cropped by at most {self.recorded_tokens} tokens, got "
+                f"{self.recorded_tokens + tokens}: it records the writes of the latest {ROLLBACK} tokens or of the "
+                "latest call, and none from before a reordering of the batch"
             )
 
     def crop(self, tokens: int) -> None:
-        self.held -= tokens
+        """Undo the latest tokens, which `check_crop` has checked."""
+        self.recorded_tokens -= tokens
         while tokens > 0:
             step = self.steps.pop()
             rest = step.first(max(step.tokens - tokens, 0))
@@ -84,13 +89,14 @@ class LayerMemory:
                 self.steps.append(rest)
 
     def select(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch to the state. Earlier calls can no longer be undone."""
         self.state = None if self.state is None else change(self.state)
         self.steps.clear()
-        self.held = 0
+        self.recorded_tokens = 0
 
 
 class MemoryCache:
-    """What the class of a cache is given."""
+    """Mixin for the class of a cache that applies its operations to the memory's states as well."""
 
     memory: dict[int, LayerMemory]
 
@@ -107,27 +113,27 @@ class MemoryCache:
         self._select(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def crop(self, length: int) -> None:
-        """Takes tokens back, from the memory too: as many as the keys and values lose.
+        """Crop keys and values as transformers does, and undo the same number of tokens in the memory.
 
         Raises:
-            ValueError: more than the memory can take back, or a quantised cache, whose keys and values transformers
-                does not take back; they stay as they are.
+            ValueError: the memory cannot undo so many tokens, or the cache is quantised, which transformers cannot
+                crop. The cache is then unchanged.
         """
         if any(isinstance(layer, QUANTIZED) for layer in self.layers):  # type: ignore[attr-defined]
-            raise ValueError("a quantised cache cannot take tokens back")
-        held = self.get_seq_length()  # type: ignore[attr-defined]
+            raise ValueError("a quantised cache cannot be cropped")
+        cached = self.get_seq_length()  # type: ignore[attr-defined]
         for layer in self.memory.values():
-            layer.check_crop(min(-length, held) if length < 0 else held - length if length else 0)
+            layer.check_crop(min(-length, cached) if length < 0 else cached - length if length else 0)
         super().crop(length)  # type: ignore[misc]
         for layer in self.memory.values():
-            layer.crop(held - self.get_seq_length())  # type: ignore[attr-defined]
+            layer.crop(cached - self.get_seq_length())  # type: ignore[attr-defined]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         self.memory.clear()
 
     def __reduce_ex__(self, protocol: object) -> tuple:
-        return _again, (type(self).__bases__[1], self.__dict__)  # a class made here is in no module
+        return _unpickle, (type(self).__bases__[1], self.__dict__)  # pickle cannot find dynamically created classes
 
     def _select(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.memory.values():
@@ -135,24 +141,25 @@ class MemoryCache:
 
 
 @functools.cache
-def _with_memory(cls: type) -> type:
+def _memory_class(cls: type) -> type:
+    """Return the subclass of a cache class that holds a memory."""
     return type(f"{cls.__name__}WithMemory", (MemoryCache, cls), {"__module__": __name__})
 
 
-def _again(cls: type, fields: dict) -> object:
-    """A cache with a memory, from a pickle."""
+def _unpickle(cls: type, fields: dict) -> object:
+    """Restore a cache with a memory from a pickle."""
     cache: Any = object.__new__(cls)
     cache.__dict__.update(fields)
-    cache.__class__ = _with_memory(cls)
+    cache.__class__ = _memory_class(cls)
     return cache
 
 
-def layers_of(cache: object) -> dict[int, LayerMemory]:
-    """The memory in a cache, by the layers' index; the cache can hold one from now on.
+def cache_memory(cache: object) -> dict[int, LayerMemory]:
+    """Return the memory in a cache, by layer index. The cache's class is replaced so that it can hold a memory.
 
     Raises:
-        TypeError: it is no cache of a decoder.
-        ValueError: it is the paged cache of `generate_batch`.
+        TypeError: the argument is not a cache of a decoder.
+        ValueError: the argument is the paged cache of `generate_batch`.
     """
     if isinstance(cache, MemoryCache):
         return cache.memory
@@ -160,17 +167,17 @@ def layers_of(cache: object) -> dict[int, LayerMemory]:
         from transformers.generation.continuous_batching import PagedAttentionCache  # imports its scheduler too
 
         if isinstance(cache, PagedAttentionCache):
-            raise ValueError("the states of a memory have no place in a paged cache (generate_batch): use generate")
+            raise ValueError("a paged cache (generate_batch) cannot hold the states of a memory: use generate")
         raise TypeError(f"cache must be a Cache of transformers for one decoder, got {type(cache).__name__}")
     memory: dict[int, LayerMemory] = {}
-    cache.__class__ = _with_memory(type(cache))  # type: ignore[arg-type]
+    cache.__class__ = _memory_class(type(cache))  # type: ignore[arg-type]
     cache.memory = memory  # type: ignore[attr-defined]
     return memory
 
 
-def layer_of(cache: object, index: int) -> LayerMemory:
-    """The memory of one layer in a cache; it is there from now on."""
-    memory = cache.memory if isinstance(cache, MemoryCache) else layers_of(cache)
+def layer_memory(cache: object, index: int) -> LayerMemory:
+    """Return the memory of one layer in a cache. An empty one is created if there is none."""
+    memory = cache.memory if isinstance(cache, MemoryCache) else cache_memory(cache)
     layer = memory.get(index)
     if layer is None:
         layer = memory[index] = LayerMemory()
@@ -178,10 +185,10 @@ def layer_of(cache: object, index: int) -> LayerMemory:
 
 
 def get_memory(cache: Cache) -> dict[int, Tensor]:
-    """The states in a cache: `[B, H, R, R]`, float32, for each layer's index. Empty before the first call.
+    """Return the states in a cache: layer index to `[B, H, R, R]`, float32. Empty before the first call.
 
     Raises:
-        TypeError: it is no cache, but the output of a model for example.
+        TypeError: the argument is not a cache, for example the output of a model.
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"cache must be a Cache of transformers, got {type(cache).__name__}")
@@ -190,17 +197,17 @@ def get_memory(cache: Cache) -> dict[int, Tensor]:
 
 
 def set_memory(model: nn.Module, cache: Cache, states: dict[int, Tensor]) -> None:
-    """Gives a cache the states of a memory, in place of those it has. With a new cache: memory without context.
+    """Replace the states in a cache. With a new cache, the model has the memory but none of the earlier context.
 
     Args:
         model: the model with the memory.
-        cache: what the model will be called with.
-        states: `[B, H, R, R]` for the index of each layer that has a memory, as `get_memory` gives them.
+        cache: the cache that the model will be called with.
+        states: layer index to `[B, H, R, R]` for each layer with a memory, as returned by `get_memory`.
 
     Raises:
-        TypeError, ValueError: states that are not of this model's memory; the cache stays as it is.
+        TypeError, ValueError: the states do not fit the model's memory, or cache is not a cache. It is then unchanged.
     """
     check_states(model, states)
-    memory = layers_of(cache)
+    memory = cache_memory(cache)
     memory.clear()
     memory.update({index: LayerMemory(state) for index, state in states.items()})

@@ -1,4 +1,4 @@
-"""`MemoryCall`: what the calls of a model do with its memory, where that is not the usual."""
+"""`MemoryCall`: per-call overrides of a memory: initial states, whether tokens write, and the resulting states."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from torch import Tensor, nn
 from ...ops._checks import INDICES, describe, fail
 from .cache import LayerMemory
 from .layers import memory_layers
-from .masks import new_call
+from .masks import clear_mask_cache
 from .packing import sequence_starts
 from .states import check_states
 
-KEYWORD = "delta_memory_call"  # on its way from the stack of layers to each attention module
+CONTEXT_KEYWORD = "delta_memory_call"  # passes the StackContext from the stack of layers to its attention modules
 
 _innermost: contextvars.ContextVar[MemoryCall | None] = contextvars.ContextVar("innermost", default=None)
 
 
 class MemoryCall:
-    """For the calls of a model inside of `with`: where they start, whether they write, and the states they leave::
+    """Context manager that sets initial states and writing for the model calls inside it, and collects the states::
 
         with MemoryCall(model, states) as call:
             loss = model(input_ids, labels=labels, use_cache=False).loss
         states = call.states
 
-    It holds for this thread and this `async` task: generation in another thread does not see it (`set_memory` with a
-    cache of one's own does that). Do not `yield` inside of it: what runs meanwhile would be inside too.
+    A MemoryCall applies to the current thread and `async` task. Generation in another thread does not see it; use
+    `set_memory` with a cache there. Do not `yield` inside the block: the code that runs meanwhile would be affected.
 
     Args:
         model: a model with a memory.
-        states: what a request starts from that has no cache, or one without a memory: `[B, H, R, R]` by the layers'
-            index. None means zeros.
-        write: False reads the memory and leaves it as it is.
-        message_ids: `[B, T]` int32 or int64, the message of each token, or -1, for a memory that writes messages' or
-            sentences' means. Behind them, while a request is generated token by token, each token writes.
-        sentence_ids: likewise, the sentence of each token, counted through the call. A token without a message has no
-            sentence.
+        states: layer index to `[B, H, R, R]`, the initial states of a call without a cache, or whose cache has no
+            memory yet. None means zeros.
+        write: False only reads the memory.
+        message_ids: `[B, T]` int32 or int64, the message of each token, or -1 for none. For a memory that writes the
+            means of messages or sentences. After the prompt, while tokens are generated one by one, every token writes.
+        sentence_ids: `[B, T]`, the sentence of each token, counted through the whole call. Tokens without a message are
+            in no sentence.
 
     Attributes:
-        states: by the layers' index, the states behind the latest call, and what its cache has made of them since
-            (drafts taken back, beams reordered). They carry gradients (not with reentrant checkpointing of the layers).
+        states: layer index to the states after the latest call. They include later changes by the call's cache (drafts
+            cropped, beams reordered). They carry gradients, except with reentrant checkpointing of the layers.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError, ValueError: an argument does not fit the model or has the wrong type or shape.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class MemoryCall:
         sentence_ids: Tensor | None = None,
     ) -> None:
         self.layers = [attention for _, attention in memory_layers(model)]
-        self._of_model = {id(attention) for attention in self.layers}
+        self._layer_ids = {id(attention) for attention in self.layers}
         if not self.layers:
-            raise ValueError("the model has no memory: attach_memory gives it one")
+            raise ValueError("the model has no memory: call attach_memory first")
         if states is not None:
             check_states(model, states)
         if not isinstance(write, bool):
@@ -70,7 +70,7 @@ class MemoryCall:
         self.initial = states or {}
         self._latest: dict[int, Tensor | LayerMemory] = {}
         self.write = write
-        self.segment_ids = self._segments(message_ids, sentence_ids)
+        self.segment_ids = self._combine_ids(message_ids, sentence_ids)
         self.num_segments = None
         if self.segment_ids is not None:
             self.num_segments = int(self.segment_ids.max()) + 1 if self.segment_ids.numel() else 0
@@ -82,12 +82,13 @@ class MemoryCall:
         latest = {i: x.state if isinstance(x, LayerMemory) else x for i, x in self._latest.items()}
         return {index: state for index, state in latest.items() if state is not None}
 
-    def left(self, index: int, state: Tensor, layer: LayerMemory | None) -> None:
-        """Told by a layer's call; `layer` is its memory in a cache."""
+    def record_state(self, index: int, state: Tensor, layer: LayerMemory | None) -> None:
+        """Record the state after a layer's call, or `layer`, its memory in a cache, to follow later changes."""
         if self.is_open:
             self._latest[index] = state if layer is None else layer
 
-    def _segments(self, message_ids: Tensor | None, sentence_ids: Tensor | None) -> Tensor | None:
+    def _combine_ids(self, message_ids: Tensor | None, sentence_ids: Tensor | None) -> Tensor | None:
+        """Check the ids and return those of the segments that are written."""
         granularity = self.layers[0].delta_memory.config.memory_write_granularity
         for name, ids, use in (
             ("message_ids", message_ids, ("message_mean", "sentence_mean")),
@@ -96,29 +97,32 @@ class MemoryCall:
             if ids is None:
                 continue
             if granularity not in use:
-                raise ValueError(f"{name} has no use for a memory whose memory_write_granularity is {granularity!r}")
+                raise ValueError(f"{name} must be None for a memory with memory_write_granularity {granularity!r}")
             if not isinstance(ids, Tensor) or ids.dtype not in INDICES or ids.ndim != 2:
                 fail(TypeError, name, "int32 or int64 [B, T]", ids)
         if sentence_ids is None:
             if granularity == "sentence_mean" and message_ids is not None:
-                raise ValueError("sentence_ids must be given for a memory that writes sentences, got message_ids alone")
+                raise ValueError("sentence_ids must be given for a memory that writes sentences, got only message_ids")
             return message_ids
         if message_ids is None:
             return sentence_ids
         if message_ids.shape != sentence_ids.shape:
-            raise ValueError(f"sentence_ids must be of message_ids' shape, got {describe(sentence_ids)}")
+            raise ValueError(
+                f"sentence_ids must have the shape of message_ids, {list(message_ids.shape)}, "
+                f"got {describe(sentence_ids)}"
+            )
         return torch.where(message_ids < 0, -1, sentence_ids)
 
     def __enter__(self) -> MemoryCall:
         if self.is_open:
-            raise RuntimeError("this MemoryCall is open already")
+            raise RuntimeError("this MemoryCall is already open")
         self.is_open, self._outer = True, _innermost.get()
         _innermost.set(self)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.is_open = False
-        self._latest = dict(self.states)  # a cache may go on
+        self._latest = dict(self.states)  # the cache may be used further
         if _innermost.get() is self:
             outer, self._outer = self._outer, None
             while outer is not None and not outer.is_open:
@@ -126,37 +130,39 @@ class MemoryCall:
             _innermost.set(outer)
         elif kind is None:
             raise RuntimeError(
-                "a MemoryCall was closed while one opened inside of it was open: a `with` over a `yield`, or two in "
-                "turn? The model's calls since then used the states of the other one"
+                "a MemoryCall was closed before another one that was opened inside it, as happens if its `with` block "
+                "contains a `yield`. Calls of the model since then have used the states of the other MemoryCall"
             )
         if kind is None and not self._latest:
             warnings.warn(
-                "deltamem_kernels: no call of the model was made inside this MemoryCall; other threads do not see it",
+                "deltamem_kernels: the model was not called inside this MemoryCall (other threads do not see it)",
                 stacklevel=2,
             )
 
 
-def call_for(attention: nn.Module) -> MemoryCall | None:
-    """The innermost open call of the model that the layer belongs to."""
+def active_call(attention: nn.Module) -> MemoryCall | None:
+    """Return the innermost open MemoryCall of the model that an attention layer belongs to."""
     call = _innermost.get()
-    while call is not None and not (call.is_open and id(attention) in call._of_model):
+    while call is not None and not (call.is_open and id(attention) in call._layer_ids):
         call = call._outer
     return call
 
 
-class HandedDown(NamedTuple):
-    """What the attention modules of a call have in common."""
+class StackContext(NamedTuple):
+    """The context that all attention modules share in one call of the stack of layers."""
 
     call: MemoryCall | None
     starts: Tensor | None
-    """`[B or 1, T]` bool, of packed rows."""
+    """`[B or 1, T]` bool, True where a packed sequence begins."""
 
 
-def hand_down(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Hook of the stack of layers. What checkpointed layers are called with, they are called with again in backward,
-    when the `with` is over."""
-    new_call()
+def pass_context(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Hook of the stack of layers: pass the context to the attention modules as a keyword argument.
+
+    Checkpointed layers are called again in backward, with the same arguments, when the `with` block may have ended.
+    """
+    clear_mask_cache()
     starts, call = sequence_starts(stack, args, kwargs), None
     if _innermost.get() is not None:
-        call = next((call for _, attention in memory_layers(stack) if (call := call_for(attention))), None)
-    return None if call is None and starts is None else (args, {**kwargs, KEYWORD: HandedDown(call, starts)})
+        call = next((call for _, attention in memory_layers(stack) if (call := active_call(attention))), None)
+    return None if call is None and starts is None else (args, {**kwargs, CONTEXT_KEYWORD: StackContext(call, starts)})

@@ -1,4 +1,4 @@
-"""Which modules of a model can have a memory, and which have one."""
+"""Find the attention modules of a model that can have a memory, and those that have one."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ from .cache_keyword import CACHE_KEYWORDS, cache_keyword
 
 
 def memory_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Names and modules of the attention layers that have a memory, which is their `delta_memory`."""
+    """Return names and modules of the attention layers with a memory, which is their submodule `delta_memory`."""
     return [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "delta_memory", None), DeltaMemory)]
 
 
 def attention_layers(model: nn.Module, config: DeltaMemConfig) -> list[tuple[str, Any]]:
-    """The attention modules that the configuration names and that have the shape a memory needs.
+    """Return names and modules of the attention layers that the configuration selects and that support a memory.
 
     Raises:
-        ValueError: there is none, or not each of target_layers; the message says why.
+        ValueError: there is none, or some of target_layers are missing. The message gives the reason.
     """
     named: list[tuple[str, Any]] = [
         (n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in config.target_modules
     ]
     if not named:
         raise ValueError(f"target_modules: the model has no module named {' or '.join(config.target_modules)}")
-    fitting = [(name, module) for name, module in named if _misfit(module) is None]
+    fitting = [(name, module) for name, module in named if _why_not(module) is None]
     if not fitting:
         raise ValueError(
-            f"the model's attention does not fit: {named[0][0]} ({_kind(named[0][1])}) {_misfit(named[0][1])}"
+            f"the model's attention does not fit: {named[0][0]} ({_class_name(named[0][1])}) {_why_not(named[0][1])}"
         )
     indices = [module.layer_idx for _, module in fitting]
     if len(set(indices)) != len(indices):
-        raise ValueError(f"the model's attention does not fit: several modules have one layer_idx, {sorted(indices)}")
+        raise ValueError(
+            f"the model's attention does not fit: several modules have the same layer_idx, {sorted(indices)}"
+        )
     missing = sorted(set(config.target_layers) - set(indices))
     if missing:
-        raise ValueError(f"target_layers must be some of the layers {sorted(indices)}, got {missing}")
+        raise ValueError(f"target_layers must be among the layers {sorted(indices)}, got {missing}")
     return [(n, m) for n, m in fitting if not config.target_layers or m.layer_idx in config.target_layers]
 
 
-def _misfit(attention: nn.Module) -> str | None:
-    """Why a module cannot have a memory."""
+def _why_not(attention: nn.Module) -> str | None:
+    """Return why a module cannot have a memory, or None."""
     if type(getattr(attention, "layer_idx", None)) is not int:
         return "has no layer_idx"
     for head in HEADS:
@@ -50,11 +52,11 @@ def _misfit(attention: nn.Module) -> str | None:
         if not isinstance(projection, nn.Module):
             return f"has no {head}_proj"
         if not all(type(getattr(projection, n, None)) is int for n in ("in_features", "out_features")):
-            return f"has a {head}_proj ({_kind(projection)}) without in_features and out_features"
+            return f"has a {head}_proj ({_class_name(projection)}) without in_features and out_features"
     if cache_keyword(attention) is None:
-        return f"does not take {' or '.join(CACHE_KEYWORDS)}, where the states are"
+        return f"does not take {' or '.join(CACHE_KEYWORDS)}, which holds the states"
     return None
 
 
-def _kind(module: nn.Module) -> str:
+def _class_name(module: nn.Module) -> str:
     return type(module).__name__

@@ -1,4 +1,4 @@
-"""Which tokens count, told from the mask that an attention module is given."""
+"""Derive which tokens are padding from the mask that an attention module receives."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from torch.nn.attention.flex_attention import BlockMask
 
 
 def token_mask(attention_mask: object, batch: int, tokens: int, past: int | Tensor) -> Tensor | None:
-    """`[B, T]` bool, False for padding; None where every token counts.
+    """Return a mask `[B, T]` bool, False for padding, or None if there is no attention mask.
 
-    A token counts where it may attend to itself. Of a mask over queries and keys the token's own key is looked at: key
-    `past + i` of token i, or, where a sliding window has dropped the oldest keys, the last T keys.
+    A token is padding if it may not attend to itself. In a mask over queries and keys this is the entry of token i for
+    its own key, `past + i`, or one of the last T keys if a sliding window has dropped the oldest keys.
 
     Args:
-        attention_mask: None; `[B, keys]`, not zero where a token counts; `[B or 1, heads, T, keys]`, bool (True:
-            attends) or floating (added to the scores); flex attention's BlockMask.
-        past: how many tokens the cache held before.
+        attention_mask: None; `[B, keys]`, zero for padding; `[B or 1, heads, T, keys]`, bool (True attends) or floating
+            (added to the scores); or a BlockMask of flex attention.
+        batch: B.
+        tokens: T.
+        past: number of tokens in the cache before the call.
 
     Raises:
-        TypeError, ValueError: another kind of mask, or sizes that do not fit.
+        TypeError: the mask is of another kind.
+        ValueError: the mask's shape does not fit.
     """
     if attention_mask is None:
         return None
     if isinstance(attention_mask, BlockMask):
         keys = attention_mask.seq_lengths[1]
         device = attention_mask.kv_num_blocks.device
-        own = own_keys(tokens, keys, past, device)
+        own = own_key_indices(tokens, keys, past, device)
         row, zero = torch.arange(batch, device=device)[:, None], torch.zeros((), dtype=torch.long, device=device)
         query = torch.arange(tokens, device=device)
         return attention_mask.mask_mod(row, zero, query[None], own[None]).expand(batch, tokens)
@@ -43,50 +46,52 @@ def token_mask(attention_mask: object, batch: int, tokens: int, past: int | Tens
         return attention_mask[:, shape[1] - tokens :] != 0
     if attention_mask.ndim != 4 or shape[0] not in (1, batch) or shape[2] != tokens or shape[3] < tokens:
         raise ValueError(
-            f"attention_mask must be [B, keys] or [B or 1, heads, T, keys] with B={batch}, T={tokens} and at least T "
-            f"keys, got {shape}"
+            f"attention_mask must have shape [B, keys] or [B or 1, heads, T, keys] with B={batch}, T={tokens} and at "
+            f"least T keys, got {shape}"
         )
-    own = own_keys(tokens, shape[3], past, attention_mask.device)
+    own = own_key_indices(tokens, shape[3], past, attention_mask.device)
     diagonal = attention_mask[:, 0].gather(2, own[None, :, None].expand(shape[0], tokens, 1)).squeeze(2)
     if diagonal.dtype != torch.bool:
         if not diagonal.is_floating_point():
-            raise TypeError(f"attention_mask of four dimensions must be bool or floating, got {diagonal.dtype}")
+            raise TypeError(f"a 4-D attention_mask must be bool or floating, got {diagonal.dtype}")
         diagonal = diagonal > torch.finfo(diagonal.dtype).min / 2
     return diagonal.expand(batch, tokens)
 
 
-class _Latest(threading.local):
-    mask: weakref.ref | None = None
-    sizes: tuple | None = None
-    tokens: Tensor | None = None
+class _MaskCache(threading.local):
+    """The latest token mask, with what it was computed from."""
+
+    attention_mask: weakref.ref | None = None
+    key: tuple | None = None
+    token_mask: Tensor | None = None
 
 
-_latest = _Latest()
+_cache = _MaskCache()
 
 
-def latest_mask(attention_mask: object, batch: int, tokens: int, past: int | Tensor) -> Tensor | None:
-    """`token_mask`, computed once for the layers of a call, which have one mask; on a CPU None where all tokens count.
+def cached_token_mask(attention_mask: object, batch: int, tokens: int, past: int | Tensor) -> Tensor | None:
+    """Like `token_mask`, but computed once for all layers of a call. On a CPU also None if there is no padding.
 
-    A length that lies on a device is looked at again, and so is every mask in the next call (`new_call`).
+    The mask is not cached if `past` is a tensor. It is recomputed in every call of the model (`clear_mask_cache`).
     """
-    known = isinstance(attention_mask, Tensor) and not attention_mask.is_inference() and isinstance(past, int)
-    if not known or torch.compiler.is_compiling():
+    cacheable = isinstance(attention_mask, Tensor) and not attention_mask.is_inference() and isinstance(past, int)
+    if not cacheable or torch.compiler.is_compiling():
         return token_mask(attention_mask, batch, tokens, past)
-    sizes = (attention_mask._version, batch, tokens, past)  # type: ignore[attr-defined]
-    if _latest.mask is None or _latest.mask() is not attention_mask or _latest.sizes != sizes:
+    key = (attention_mask._version, batch, tokens, past)  # type: ignore[attr-defined]
+    if _cache.attention_mask is None or _cache.attention_mask() is not attention_mask or _cache.key != key:
         mask = token_mask(attention_mask, batch, tokens, past)
         if mask is not None and mask.device.type == "cpu" and mask.all():
             mask = None
-        _latest.mask, _latest.sizes, _latest.tokens = weakref.ref(attention_mask), sizes, mask  # type: ignore[type-var]
-    return _latest.tokens
+        _cache.attention_mask, _cache.key, _cache.token_mask = weakref.ref(attention_mask), key, mask  # type: ignore[type-var]
+    return _cache.token_mask
 
 
-def new_call() -> None:
-    """A mask may have changed where PyTorch does not see it."""
-    _latest.mask = None
+def clear_mask_cache() -> None:
+    """Discard the cached mask. The attention mask may have changed without an increase of its version counter."""
+    _cache.attention_mask = None
 
 
-def own_keys(tokens: int, keys: int, past: int | Tensor, device: torch.device) -> Tensor:
-    """`[T]`: where each token's own key is among those that a layer attends to."""
+def own_key_indices(tokens: int, keys: int, past: int | Tensor, device: torch.device) -> Tensor:
+    """Return the index of each token's own key among the keys that a layer attends to, `[T]`."""
     query = torch.arange(tokens, device=device)
     return torch.minimum(query + past, query + (keys - tokens))

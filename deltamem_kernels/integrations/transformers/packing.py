@@ -1,4 +1,4 @@
-"""Several sequences in one row, as collators for training without padding lay them."""
+"""Packed rows: several sequences in one row, as collators for training without padding create them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from .cache_keyword import given_cache
 
 
 def sequence_starts(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """`[B or 1, T]` bool, True where a sequence of a packed row begins; None where each row is one sequence.
+    """Find where the sequences of packed rows begin. Return `[B or 1, T]` bool, or None if each row is one sequence.
 
-    They are told by `cu_seq_lens_q`, or else by `position_ids` that do not grow by one from one token to the next, in a
-    call that has no mask `[B, keys]` and neither has a cache nor makes one (`use_cache=False`), which is where
-    transformers' own masks keep sequences apart. Where a model has positions of three axes, the text's positions tell
-    it, `[4, B, T]`'s first. It is computed on the tensors' device, and nothing is read back from a GPU.
+    Sequences are given by `cu_seq_lens_q`. Without it they are detected where `position_ids` do not increase by one,
+    in calls without a mask `[B, keys]` and without a cache (`use_cache=False`): these are the calls in which
+    transformers' masks separate packed sequences. If a model's positions have three axes (Qwen2-VL), the text positions
+    are used, the first of `[4, B, T]`. The result is computed on the tensors' device without synchronising a GPU.
 
     Args:
-        stack: what owns the layers.
-        args, kwargs: what it is called with.
+        stack: the module that owns the layers.
+        args, kwargs: the arguments of its call.
 
     Raises:
-        TypeError, ValueError: cu_seq_lens_q that does not fit.
+        TypeError: cu_seq_lens_q is not a 1-D tensor of int32 or int64.
+        ValueError: cu_seq_lens_q is given for more than one row.
     """
     if args:
         kwargs = inspect.signature(stack.forward).bind_partial(*args, **kwargs).arguments | kwargs
     limits, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if limits is not None:
-        return _from_limits(limits, kwargs)
+        return _starts_from_limits(limits, kwargs)
     mask = kwargs.get("attention_mask")
-    if position_ids is not None and _has_axes(stack):
+    if position_ids is not None and _has_three_axes(stack):
         position_ids = position_ids[0] if position_ids.ndim == 3 and len(position_ids) == 4 else None
     if position_ids is None or position_ids.ndim != 2 or given_cache(kwargs) is not None:
         return None
@@ -49,18 +50,18 @@ def sequence_starts(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Te
     return starts
 
 
-def _has_axes(stack: nn.Module) -> bool:
-    """Whether positions are those of time, height and width, as in Qwen2-VL."""
+def _has_three_axes(stack: nn.Module) -> bool:
+    """Whether the model's positions are those of time, height and width, as in Qwen2-VL."""
     rope = getattr(stack.config, "rope_parameters", None) or getattr(stack.config, "rope_scaling", None) or {}
     return "mrope_section" in rope
 
 
-def _from_limits(limits: Any, kwargs: dict[str, Any]) -> Tensor:
+def _starts_from_limits(limits: Any, kwargs: dict[str, Any]) -> Tensor:
     given = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
     if not isinstance(limits, Tensor) or limits.dtype not in INDICES or limits.ndim != 1:
         fail(TypeError, "cu_seq_lens_q", "int32 or int64 [N + 1]", limits)
     batch, tokens = given.shape[:2]
     if batch != 1:
-        raise ValueError(f"cu_seq_lens_q needs packed sequences, one row, got {batch}")
-    starts = torch.zeros(tokens + 1, dtype=torch.bool, device=given.device)  # empty sequences may begin behind the last
+        raise ValueError(f"cu_seq_lens_q needs a batch of one packed row, got {batch} rows")
+    starts = torch.zeros(tokens + 1, dtype=torch.bool, device=given.device)  # empty sequences may start after the last
     return starts.index_fill_(0, limits[:-1].to(given.device, torch.int64), True)[None, :tokens]

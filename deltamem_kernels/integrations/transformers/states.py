@@ -1,4 +1,4 @@
-"""The states of a memory outside of a cache: whether they fit a model, and on disk."""
+"""States outside a cache: check that they fit a model, and save and load them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ FORMAT = {"format": "deltamem_kernels.states", "version": "1"}
 
 
 def check_states(model: nn.Module, states: object) -> None:
-    """Raises TypeError or ValueError unless these are states for each layer of the model's memory, of one batch."""
+    """Raise TypeError or ValueError unless there is a state for each layer with a memory, all with one batch size."""
     if not isinstance(states, dict):
-        raise TypeError(f"states must be a dict of tensors by the layers' index, got {type(states).__name__}")
+        raise TypeError(f"states must be a dict from layer indices to tensors, got {type(states).__name__}")
     layers = {attention.layer_idx: attention.delta_memory.config for _, attention in memory_layers(model)}
     if states.keys() != layers.keys():
-        raise ValueError(f"states must be of the layers {sorted(layers)}, got {sorted(states, key=str)}")
+        raise ValueError(
+            f"states must have the keys {sorted(layers)} (the layers with a memory), got {sorted(states, key=str)}"
+        )
     batches = set()
     for index, config in layers.items():
         state, wanted = states[index], (config.num_state_heads, config.rank, config.rank)
@@ -33,53 +35,66 @@ def check_states(model: nn.Module, states: object) -> None:
             )
         batches.add(state.shape[0])
     if len(batches) > 1:
-        raise ValueError(f"states must have one batch size, got {sorted(batches)}")
+        raise ValueError(f"states must have the same batch size in every layer, got {sorted(batches)}")
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a file so that there is either the old one or the whole new one."""
+    """Write a safetensors file atomically."""
     on_cpu = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
     replace_file(path, lambda name: save_file(on_cpu, name, metadata))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file; ValueError, naming it, where it is damaged or another kind of file."""
+    """Read the tensors and metadata of a file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or not a safetensors file. The message names it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
 
 
 def save_memory(states: dict[int, Tensor], path: str | Path) -> None:
-    """Writes the states of a memory, from `get_memory` or `MemoryCall.states`, into a safetensors file.
+    """Save states from `get_memory` or `MemoryCall.states` to a safetensors file.
 
-    The file is replaced as a whole: an interrupted writing leaves the old one.
+    The file is replaced atomically: if saving fails, the old file stays.
 
     Raises:
-        TypeError, ValueError: these are no states, or none; the file stays as it is.
-        FileNotFoundError: there is no such folder.
+        TypeError: states is not a dict from layer indices to tensors.
+        ValueError: states is empty.
+        FileNotFoundError: the folder does not exist.
     """
     if not isinstance(states, dict) or not all(type(i) is int and isinstance(x, Tensor) for i, x in states.items()):
-        raise TypeError("states must be a dict of tensors by the layers' index")
+        raise TypeError("states must be a dict from layer indices to tensors")
     if not states:
-        raise ValueError("states must be of a layer at least, got none: nothing was written yet")
+        raise ValueError("states must have at least one layer, got none: the model has not been called yet")
     write_safetensors({f"layers.{index}": state for index, state in states.items()}, Path(path), FORMAT)
 
 
 def load_memory(path: str | Path, device: torch.device | str | None = None) -> dict[int, Tensor]:
-    """The states that `save_memory` wrote. Whether they fit a model is looked at where they are given to one.
+    """Load states that `save_memory` saved. They are checked against a model only when they are used with it.
+
+    Args:
+        path: the file.
+        device: device of the returned states. None means the CPU.
+
+    Returns:
+        Layer index to `[B, H, R, R]`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, another kind of file, or of another version; the message names it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or has another format or version. The message names it.
     """
     path = Path(path)
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT["format"]:
-        raise ValueError(f"{path}: not the states of a memory, but format {metadata.get('format')!r}")
+        raise ValueError(f"{path}: not a file of memory states: its format is {metadata.get('format')!r}")
     if metadata.get("version") != FORMAT["version"]:
-        raise ValueError(f"{path}: version {metadata.get('version')!r}, and this package reads {FORMAT['version']!r}")
+        raise ValueError(f"{path}: version must be {FORMAT['version']!r}, got {metadata.get('version')!r}")
     return {int(name.removeprefix("layers.")): state.to(device) for name, state in tensors.items()}
