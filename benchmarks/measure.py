@@ -80,13 +80,13 @@ class CudaStopwatch:
                 calls[0]()
         torch.cuda.current_stream().wait_stream(side_stream)
         rotating = itertools.cycle(calls)
-        self._run, self._calls, self.method = lambda: next(rotating)(), 1, "events"
+        self._run, self.calls_a_sample, self.method = lambda: next(rotating)(), 1, "events"
         seconds = min(self._time() for _ in range(3))
         if graph or (graph is None and seconds < GRAPH_BELOW_SECONDS):
             self._capture(calls[: max(1, int(GRAPH_SECONDS / seconds))])
         elif seconds < 1e-2:
-            self._calls = min(len(calls), math.ceil(1e-2 / seconds))
-            self._run = lambda: [next(rotating)() for _ in range(self._calls)]
+            self.calls_a_sample = min(len(calls), math.ceil(1e-2 / seconds))
+            self._run = lambda: [next(rotating)() for _ in range(self.calls_a_sample)]
 
     def _capture(self, calls: Sequence[Call]) -> None:
         captured = torch.cuda.CUDAGraph()
@@ -97,7 +97,7 @@ class CudaStopwatch:
         except RuntimeError as error:
             self.method = f"events, no CUDA graph: {str(error).splitlines()[0]}"
             return
-        self._run, self._calls, self.method = captured.replay, len(calls), f"CUDA graph of {len(calls)}"
+        self._run, self.calls_a_sample, self.method = captured.replay, len(calls), f"CUDA graph of {len(calls)}"
 
     def _time(self) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -105,7 +105,7 @@ class CudaStopwatch:
         self._run()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / self._calls
+        return begin.elapsed_time(end) / 1e3 / self.calls_a_sample
 
     def start(self) -> None:
         self._run()
@@ -156,6 +156,25 @@ def round_robin(
                 taken = len(stopwatches[i].samples)
                 if taken >= most or (spent[i] >= seconds and taken >= LEAST_SAMPLES):
                     unfinished.remove(i)
+
+
+def paired(stopwatches: Sequence[CpuStopwatch | CudaStopwatch], seconds: float, least: int = LEAST_SAMPLES) -> None:
+    """Sample each stopwatch once per round, in alternating order, for at least `seconds` and `least` rounds.
+
+    The samples of a round form pairs, taken at the same clock rate and temperature.
+    """
+    rounds, began = 0, time.perf_counter()
+    with _no_garbage_collection():
+        while rounds < least or time.perf_counter() - began < seconds:
+            for stopwatch in stopwatches if rounds % 2 else reversed(stopwatches):
+                stopwatch.start()
+                stopwatch.sample()
+            rounds += 1
+
+
+def paired_ratio(ours: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Return the quartiles of ours / other over the rounds of `paired`: low, median, high."""
+    return quartiles([a / b for a, b in zip(ours, other, strict=True)])
 
 
 @contextlib.contextmanager

@@ -89,12 +89,35 @@ def run_case(
     progress: Progress,
 ) -> list[Row]:
     """Return one row for each implementation, in order. Progress advances by two for each."""
+    rows, timed = check_case(operation, implementations, shape, settings, progress)
+    if timed:
+        progress.describe(f"{operation.name}, T={shape.tokens}: timing")
+        with torch.inference_mode(not operation.gradients_of):
+            measure.round_robin([each for _, each in timed], settings.seconds, progress.advance, settings.samples)
+    fill(timed)
+    baseline = next((row.seconds for row in rows if row.implementation == operation.baseline), None)
+    for row, _ in timed:
+        row.speed = baseline / row.seconds if baseline else None
+    return rows
+
+
+Timed = list[tuple[Row, "measure.CpuStopwatch | measure.CudaStopwatch"]]
+
+
+def check_case(
+    operation: Operation,
+    implementations: Sequence[Implementation],
+    shape: Shape,
+    settings: Settings,
+    progress: Progress,
+) -> tuple[list[Row], Timed]:
+    """Return a row for each implementation, and a stopwatch for each correct one."""
     reasons = {implementation.name: why_not(implementation, shape, settings) for implementation in implementations}
     rows = [_empty_row(operation, each, shape, settings, reasons[each.name]) for each in implementations]
     runnable = [(each, row) for each, row in zip(implementations, rows, strict=True) if row.status == "ok"]
     progress.advance(2 * (len(rows) - len(runnable)))
     if not runnable:
-        return rows
+        return rows, []
     torch.set_num_threads(max(settings.thread_choices))
     progress.describe(f"{operation.name}, T={shape.tokens}: float64 reference")
     inputs = operation.inputs(shape)
@@ -102,7 +125,7 @@ def run_case(
     outputs = operation.oracle(leaf_inputs(exact, operation), shape)
     expected = {name: output.detach() for name, output in outputs.items()}
     del exact, outputs
-    timed = []
+    timed: Timed = []
     with torch.inference_mode(not operation.gradients_of):
         for implementation, row in runnable:
             progress.describe(f"{operation.name}, T={shape.tokens}: {implementation.name}")
@@ -110,16 +133,14 @@ def run_case(
             progress.advance(1 if stopwatch else 2)
             if stopwatch:
                 timed.append((row, stopwatch))
-        progress.describe(f"{operation.name}, T={shape.tokens}: timing")
-        stopwatches = [stopwatch for _, stopwatch in timed]
-        measure.round_robin(stopwatches, settings.seconds, progress.advance, settings.samples)
+    return rows, timed
+
+
+def fill(timed: Timed) -> None:
+    """Copy the stopwatches' measurements to their rows."""
     for row, stopwatch in timed:
         low, row.seconds, high = measure.quartiles(stopwatch.samples)
         row.quartiles, row.samples, row.method = (low, high), len(stopwatch.samples), stopwatch.method
-    baseline = next((row.seconds for row in rows if row.implementation == operation.baseline), None)
-    for row, _ in timed:
-        row.speed = baseline / row.seconds if baseline else None
-    return rows
 
 
 def why_not(implementation: Implementation, shape: Shape, settings: Settings) -> str | None:

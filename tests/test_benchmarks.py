@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the harness is not installed
 from benchmarks import machine, measure, smollm2
 from benchmarks.__main__ import chosen, main
 from benchmarks.operations import delta_update as cases
+from benchmarks.operations import layer
 from benchmarks.registry import Implementation, Operation, Shape, Tensors
 from benchmarks.runner import relative_errors
 
@@ -245,3 +246,17 @@ def test_a_layer_with_the_memory_gives_what_the_frozen_one_gives(run: Callable) 
     assert status == 0
     ran = [(row["implementation"], row["shape"]["tokens"]) for row in result["rows"] if row["status"] == "ok"]
     assert sorted(ran) == [("frozen", 1), ("frozen", 40), ("with memory (cpu)", 1), ("with memory (cpu)", 40)]
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_layer_with_norms_over_its_heads(tokens, monkeypatch):
+    """With a memory and without, and its attention in blocks."""
+    monkeypatch.setattr(layer, "QUERIES_AT_ONCE", 4)
+    operation = layer._operation("small", layer.Layer(32, 4, 2, 16, head_norm=True))
+    shape = Shape(tokens, batch=2)
+    inputs = operation.inputs(shape)
+    exact = operation.oracle({name: x.double() for name, x in inputs.items()}, shape)
+    for run in (x.run for x in operation.implementations if x.name in ("frozen", "with memory (cpu)")):
+        with torch.inference_mode():
+            ours = run({name: x.clone() for name, x in inputs.items()}, shape)
+        assert relative_errors(ours, exact)["out"] < 2e-5

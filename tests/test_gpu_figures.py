@@ -1,7 +1,8 @@
-"""Figures of a GPU: how they are taken, and the table that is made of them, where there is none."""
+"""How a GPU's times are taken, paired and shown, on machines that have no GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,20 +13,12 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # the harness is not installed
 
 from benchmarks import measure
-from benchmarks.gpu import results
-from benchmarks.gpu.steps import OK, PROVENANCE
-from benchmarks.operations import layer
-from benchmarks.registry import Shape
-from benchmarks.runner import relative_errors
-
-ORIGIN = {name: f"a {name}" for name in PROVENANCE}
-
-
-# The stopwatch
+from benchmarks.gpu import cases, checks, figures, timing
+from benchmarks.registry import Implementation, Operation, Shape, load_operations
 
 
 def test_short_calls_are_replayed_from_a_graph(monkeypatch):
-    """On a GPU of a few lines, where a launch from Python takes 100 µs and a replayed one 10."""
+    """A stand-in for a GPU, where a launch from Python takes 100 µs and a replayed one 10."""
     gpu = SimpleNamespace(now=0.0, capturing=None, each=1e-4)
 
     class Event:
@@ -43,14 +36,11 @@ def test_short_calls_are_replayed_from_a_graph(monkeypatch):
         def replay(self) -> None:
             gpu.now += 1e-5 * len(self.calls)
 
-    class Capturing:
-        def __init__(self, captured: Graph) -> None:
-            gpu.capturing = captured.calls = []
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *error: object) -> None:
-            gpu.capturing = None
+    @contextlib.contextmanager
+    def capturing(captured: Graph):
+        gpu.capturing = captured.calls = []
+        yield
+        gpu.capturing = None
 
     def call(i: int) -> None:
         if gpu.capturing is not None:
@@ -59,8 +49,8 @@ def test_short_calls_are_replayed_from_a_graph(monkeypatch):
             gpu.now += gpu.each
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    fake = {"Event": Event, "CUDAGraph": Graph, "graph": Capturing, "Stream": lambda: stream}
-    fake |= {"current_stream": lambda: stream, "stream": lambda s: measure.contextlib.nullcontext()}
+    fake = {"Event": Event, "CUDAGraph": Graph, "graph": capturing, "Stream": lambda: stream}
+    fake |= {"current_stream": lambda: stream, "stream": lambda s: contextlib.nullcontext()}
     for name, x in fake.items():
         monkeypatch.setattr(torch.cuda, name, x)
     calls = [lambda i=i: call(i) for i in range(40)]
@@ -75,56 +65,115 @@ def test_short_calls_are_replayed_from_a_graph(monkeypatch):
     assert (long.method, long.samples) == ("events", pytest.approx([0.02]))
 
 
-# The layer
+class Drifting:
+    """A stopwatch on a machine that becomes slower with every round."""
+
+    def __init__(self, name: str, seconds: float, order: list[str]) -> None:
+        self.name, self.seconds, self.order, self.samples = name, seconds, order, []
+
+    def start(self) -> None:
+        self.order.append(self.name)
+
+    def sample(self) -> None:
+        self.samples.append(self.seconds * (1 + len(self.samples)))
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
-def test_a_layer_with_norms_over_its_heads(tokens, monkeypatch):
-    """With a memory and without, and its attention in blocks."""
-    monkeypatch.setattr(layer, "QUERIES_AT_ONCE", 4)
-    operation = layer._operation("small", layer.Layer(32, 4, 2, 16, head_norm=True))
-    shape = Shape(tokens, batch=2)
-    inputs = operation.inputs(shape)
-    exact = operation.oracle({name: x.double() for name, x in inputs.items()}, shape)
-    for run in (x.run for x in operation.implementations if x.name in ("frozen", "with memory (cpu)")):
-        with torch.inference_mode():
-            ours = run({name: x.clone() for name, x in inputs.items()}, shape)
-        assert relative_errors(ours, exact)["out"] < 2e-5
+def test_pairs_cancel_a_drift_that_the_medians_show():
+    order: list[str] = []
+    a, b = Drifting("a", 1e-6, order), Drifting("b", 3e-6, order)
+    measure.paired([a, b], seconds=0.0, least=4)
+    assert "".join(order) in ("baabbaab", "abbaabba"), "the order must alternate"
+    assert len(a.samples) == len(b.samples) == 4
+    assert measure.quartiles(a.samples) == pytest.approx((1.75e-6, 2.5e-6, 3.25e-6))
+    assert measure.paired_ratio(b.samples, a.samples) == pytest.approx((3.0, 3.0, 3.0))
+    assert measure.paired_ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0]) == pytest.approx((2.5, 3.0, 3.5))
 
 
-# The table
+def doubling(factor: float) -> Implementation:
+    return Implementation(f"x {factor:g}", lambda inputs, shape: {"y": factor * inputs["x"]})
 
 
-def timed(operation: str, implementation: str, seconds: float | None, **shape) -> dict:
-    sizes = {"tokens": 8192, "batch": 1, "heads": 1, "rank": 8, "dtype": "bfloat16", "device": "cuda"}
-    kind = {"mode": "standard", "gates": "row", "source": "random"}
-    row = {"operation": operation, "implementation": implementation, "shape": sizes | kind | shape, "spread": 0.02}
-    row |= {"status": "ok" if seconds else "not run", "note": "" if seconds else "needs a compiler", "seconds": seconds}
-    row |= {"bytes_moved": 10, "floor_seconds": 1e-7, "quartiles": [seconds, seconds], "samples": 5, "method": "events"}
-    none = dict.fromkeys(("error", "errors", "peak_memory_bytes", "speed"))
-    return row | none | {"kept_bytes": 2048 if "backward" in operation else None} | ORIGIN
-
-
-def test_the_table_and_the_plot_come_from_the_rows(tmp_path):
-    forward, training = results.SCAN, results.TRAINING
-    rows = [timed(forward, "ours (triton)", 2e-5), timed(forward, "upstream-triton", 3e-3)]
-    rows += [timed(forward, "ours (cuda)", None), timed(training, "ours (triton)", 1e-3, device="cpu")]
-    rows += [timed(training, "ours (cuda)", 5e-5)]
-    parts = {"bench": [{"rows": rows}], "graph": [{"name": "triton", "status": OK, "note": "", "driver": "1"}]}
-    lines = results.table(parts).splitlines()
-    assert (
-        f"| {forward} | 1 | 8,192 | 8 | ours (triton) | 20.0 µs ± 1.0 % | upstream-triton | 3.00 ms ± 1.0 % | 150 | – |"
-        in lines
+def test_a_case_times_what_is_right_and_pairs_it_with_its_first_variant(monkeypatch):
+    operation = Operation(
+        name="doubling",
+        inputs=lambda shape: {"x": torch.ones(shape.tokens)},
+        oracle=lambda inputs, shape: {"y": 2 * inputs["x"]},
+        bytes_moved=lambda shape: 8 * shape.tokens,
+        implementations=(doubling(2), doubling(3)),
+        baseline="x 2",
     )
-    assert any("| ours (cuda) | not run: needs a compiler | upstream-triton | 3.00 ms" in line for line in lines)
-    assert any(line.startswith(f"| {training} | 1 | 8,192 | 8 | ours (triton) | not run yet") for line in lines)
-    assert any("| ours (cuda) | 50.0 µs ± 1.0 % | upstream-triton | not run yet | – | 2.00 KiB |" in x for x in lines)
-    assert "| `graph` | all 1 steps ok |" in lines
-    assert all(f"{name} a {name}" in lines[-1] for name in ORIGIN)
-    assert results.plot(parts, tmp_path).read_bytes().startswith(b"\x89PNG")
-    assert results.plot({}, tmp_path) is None
+    monkeypatch.setattr(timing, "load_operations", lambda: [operation])
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
+    case = cases.Case("scan", "doubling", "doubling", Shape(1000), cases.variants("x 2", "x 3"))
+    right, wrong, again = timing.time_case(case, "cpu", 0.01)
+    assert (right["implementation"], right["status"], right["ratio"]) == ("x 2", "ok", (1.0, 1.0, 1.0))
+    assert right["kernels"][0]["a_call"] >= 1
+    assert (wrong["implementation"], wrong["status"], wrong["seconds"]) == ("x 3", "WRONG", None)
+    assert (again["implementation"], again["ratio_to"]) == ("x 2, again", "x 2")
+    assert again["samples"] == right["samples"] >= measure.LEAST_SAMPLES
 
 
-def test_the_readme_has_what_the_results_say():
-    text = results.README.read_text()
-    assert results.written(text, results.table(results.load(results.RESULTS))) == text
+def test_a_switch_is_held_during_each_call_and_no_longer():
+    held: list[bool] = []
+
+    @contextlib.contextmanager
+    def switch():
+        held.append(True)
+        yield
+        held.pop()
+
+    found = Implementation("ours", lambda inputs, shape: {"held": len(held)})
+    operation = SimpleNamespace(implementations=(found,))
+    switched = cases.Variant("ours", "switched", switch).of(operation)
+    assert (switched.name, switched.run({}, None), held) == ("ours, switched", {"held": 1}, [])
+    assert cases.Variant("ours").of(operation) is found
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: f"{case.part}: {case.name}")
+def test_the_variants_of_a_case_exist(case):
+    operations = {operation.name: operation for operation in load_operations()}
+    for each in (case, cases.rehearsed(case)):
+        names = [variant.of(operations[each.operation]).name for variant in each.variants]
+        assert len(set(names)) == len(names) >= 2
+
+
+def stale(call):
+    """A graph that was captured of other buffers than those that change."""
+    captured = {name: x.clone() for name, x in call().items()}
+    return lambda: None, captured
+
+
+@pytest.mark.parametrize("name", checks.PROBLEMS)
+def test_a_graph_has_to_follow_its_buffers(name):
+    assert checks.check_graph(name, "cpu", "cpu", checks.call_again)["status"] == "ok"
+    assert checks.check_graph(name, "cpu", "cpu", stale)["status"] == "WRONG"
+
+
+def test_replays_have_padding_and_other_slots_each_time():
+    drawn = [checks.step()["state_indices"].tolist() for _ in range(20)]
+    assert all(-1 in slots for slots in drawn)
+    assert len(set(map(tuple, drawn))) > 10
+
+
+def row(variant: str, seconds: float | None, **more) -> dict:
+    made = {
+        "part": "scan",
+        "case": "forward",
+        "implementation": variant,
+        "seconds": seconds,
+        "status": "ok",
+        "note": "",
+    }
+    made |= {"quartiles": seconds and [seconds / 2, 2 * seconds], "ratio": None}
+    return made | dict.fromkeys(("device", "torch", "triton", "commit"), "x") | more
+
+
+def test_the_table_and_the_plot_show_the_newest_figures(tmp_path):
+    rows = [row("ours", 9e-5), row("ours", 2e-5, ratio=[0.9, 1.0, 1.25]), row("a peer", None, note="it is not here")]
+    lines = figures.table(rows).splitlines()
+    assert "| scan: forward | ours | 20.0 µs | 10.0 µs to 40.0 µs | 1 | 0.9 to 1.25 |" in lines
+    assert "| scan: forward | a peer | it is not here |  |  |  |" in lines
+    assert "9" not in "".join(lines[2:3]).replace("0.9", "")
+    assert figures.plot(rows, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    assert not figures.plot(rows[2:], tmp_path / "none.png")

@@ -1,1 +1,1 @@
-"""What is to be seen on a GPU, in calls of a few minutes: `python -m benchmarks.gpu --help`."""
+"""Checks and timings on a GPU whose time is short: `python -m benchmarks.gpu --help`."""

@@ -1,255 +1,168 @@
-"""What each part runs, most worth first, and what it needs. Each step fits into one call."""
+"""The parts of a run, in order of worth, and the steps of each: a process with a limit of seconds."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-
-from deltamem_kernels.backends import build
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from ..machine import ROOT
-from . import hot, resume
-from .steps import CANNOT, FAILED, OK, UNFINISHED, Finished, Outcome, Step, outcome
+from .cases import CASES
 
-PYTHON = (sys.executable, "-m")
-BACKENDS = ("triton", "cuda")
-TEST_WORKERS = 8  # one GPU and many small kernels; Triton's compiler takes the cores
-TEST_LIMIT, LEAST_TO_TEST = 440.0, 120.0
-LEAST_TO_MEASURE = 90.0  # what a benchmark has measured when its time is up stays
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-PEERS = ROOT / ".peers"
+OK, FAILED, NOT_RUN, STOPPED = "ok", "failed", "not run", "stopped"
+AT_ONCE = {"build": 3, "test": 4}
+"""How many steps of a part run at the same time. Steps that are timed run alone."""
+REHEARSAL_SECONDS = 240  # whatever the step: a machine that tests the script may be slow
+SANITIZERS = (("memcheck", "triton"), *((tool, "cuda") for tool in ("memcheck", "racecheck", "initcheck", "synccheck")))
+
+
+def verdict(status: int | None, output: str) -> tuple[str, str]:
+    """Status and note of a step, from its process's exit status (None if it was stopped) and output."""
+    last = next((line for line in reversed(output.splitlines()) if line.strip()), "no output")
+    if status is None:
+        return STOPPED, f"stopped at its limit: {last}"
+    return (OK, "") if status == 0 else (FAILED, f"exit status {status}: {last}")
+
+
+def sanitizer_verdict(status: int | None, output: str) -> tuple[str, str]:
+    """compute-sanitizer counts errors in a summary. Without a summary it checked nothing."""
+    if "not supported" in output:
+        return NOT_RUN, "compute-sanitizer does not support this device"
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+    if status == 0 and (not found or any(map(int, found))):
+        return FAILED, f"{found[-1]} errors" if found else "compute-sanitizer wrote no summary"
+    return verdict(status, output)
+
+
+def suite_verdict(status: int | None, output: str) -> tuple[str, str]:
+    """pytest's last line counts the tests, also those that were skipped."""
+    found, note = verdict(status, output)
+    last = output.strip().splitlines()[-1:] or [note]
+    return found, last[0].strip("= ") if found == OK else note
 
 
 @dataclass(frozen=True)
-class Target:
-    """The GPU; or for a rehearsal the CPU, where the same steps run as far as they can, smaller."""
+class Step:
+    """`why_not` says why the step cannot run on this machine."""
 
-    device: str = "cuda"
+    part: str
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+    environment: dict[str, str] = field(default_factory=dict)
+    why_not: str | None = None
+    verdict: Callable[[int | None, str], tuple[str, str]] = verdict
 
-    @property
-    def rehearsal(self) -> bool:
-        return self.device != "cuda"
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        return ("cpu",) if self.rehearsal else BACKENDS
-
-
-def tool(name: str) -> str | None:
-    """Of the CUDA toolkit: on PATH, or beside nvcc."""
-    nvcc = build.nvcc()
-    beside = nvcc and shutil.which(name, path=str(Path(nvcc).parent))
-    return shutil.which(name) or beside or None
-
-
-def _missing_packages(*names: str) -> str | None:
-    lacking = [name for name in names if importlib.util.find_spec(name) is None]
-    if not lacking:
-        return None
-    return (
-        f"needs the Python packages {', '.join(lacking)}: carry their wheels along, "
-        "`pip install --no-index --no-deps --target FOLDER *.whl`, and put FOLDER on PYTHONPATH"
-    )
-
-
-def why_not(part: str, target: Target) -> str | None:
-    """Why a part cannot run on this machine, in words, or None."""
-    if target.rehearsal:
-        return _missing_packages("pytest", "hypothesis", "numpy") if part == "test" else None
-    if not torch.cuda.is_available():
-        built = "is built without CUDA" if torch.version.cuda is None else f"with CUDA {torch.version.cuda} sees no GPU"
-        return f"needs a GPU: torch {torch.__version__} {built} (--rehearse runs on the CPU what can)"
-    if part == "test":
-        return _missing_packages("pytest", "hypothesis", "numpy")
-    if part in ("build", "sanitize"):
-        lacking = build.missing_tool("cuda")
-        if lacking:
-            return lacking
-    name = {"sanitize": "compute-sanitizer"}.get(part)
-    return f"{name} is neither on PATH nor beside nvcc" if name and tool(name) is None else None
+    def execute(self, seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
+        """Exit status (None if it was stopped after `seconds`) and output. Its children end with it."""
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env=os.environ | environment | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            status = None
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(seconds)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output.seek(0)
+            return status, output.read().decode(errors="replace")
 
 
-def _own(module: str, target: Target, *arguments: str) -> tuple[str, ...]:
-    return (*PYTHON, f"benchmarks.gpu.{module}", *arguments, "--device", target.device, "--rows", "{rows}")
+def _python(module: str, *words: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", module, *words)
 
 
-def _build(target: Target) -> list[Step]:
-    steps = [
-        Step(f"first call of {each}", _own("build", target, "--backend", each), 300) for each in ("cpu", *BACKENDS)
+def _build(part: str, rehearse: bool) -> list[Step]:
+    """The first call of each backend compiles it."""
+    backends = ("cpu",) if rehearse else ("cuda", "triton", "cpu")
+    return [Step(part, each, _python("benchmarks.gpu.checks", each), 150) for each in backends]
+
+
+def _graph(part: str, rehearse: bool) -> list[Step]:
+    """A rehearsal runs Triton's interpreter."""
+    words, environment = ("--graph", "--device", "cpu" if rehearse else "cuda"), {"TRITON_INTERPRET": "1"}
+    return [
+        Step(part, each, _python("benchmarks.gpu.checks", each, *words), 20, environment if rehearse else {})
+        for each in ("triton", "cpu" if rehearse else "cuda")
     ]
-    if target.rehearsal:
-        steps = steps[:1]
-    return [*steps, Step("self-check", (*PYTHON, "deltamem_kernels"), 300)]
 
 
-def read_suite(finished: Finished) -> Outcome:
-    rows = resume.summary(finished.rows)
-    files = [row for row in rows if "file" in row]
-    counts = {x: sum(row[x] for row in files) for x in ("passed", "failed", "skipped")}
-    note = ", ".join(f"{n} {x}" for x, n in counts.items())
-    if finished.status is None:
-        return Outcome(UNFINISHED, f"{note} so far", rows)
-    if finished.status == 5 and counts["passed"] and not counts["failed"]:  # all had passed before
-        return Outcome(OK, note, rows)
-    if finished.status not in (0, 1, 5) or not files:
-        last = (finished.output.strip().splitlines() or ["it said nothing"])[-1]
-        return Outcome(FAILED, f"pytest ended with {finished.status}: {last}; {note}", rows)
-    return Outcome(OK if finished.status == 0 and not counts["failed"] else FAILED, note, rows)
+def _timed(part: str, rehearse: bool) -> list[Step]:
+    words = ("--rehearse",) if rehearse else ()
+    return [
+        Step(part, case.name, _python("benchmarks.gpu.timing", part, case.name, *words), case.seconds)
+        for case in CASES
+        if case.part == part
+    ]
 
 
-def _test(target: Target) -> list[Step]:
-    command = [*PYTHON, "pytest", "-p", "benchmarks.gpu.resume", "--outcomes", "{keep}", "-q", "--tb=short"]
-    command += ["-p", "no:cacheprovider", "--seed", "1"]
-    if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout", "400"]
-    if target.rehearsal:
-        command += ["tests/test_scan.py", "-k", "choice"]
-    elif importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(TEST_WORKERS, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
-    return [Step("suite", tuple(command), TEST_LIMIT, LEAST_TO_TEST, read=read_suite)]
+def _ceilings(part: str, rehearse: bool) -> list[Step]:
+    words = ("--rehearse",) if rehearse else ()
+    return [Step(part, "copy, product, tiny kernel", _python("benchmarks.gpu.timing", part, *words), 20)]
 
 
-def read_sanitizer(finished: Finished) -> Outcome:
-    """Its own summary counts, beside the exit status; and a device that it does not support is no finding."""
-    refused = next((x for x in finished.output.splitlines() if "not supported" in x), None)
-    if refused:
-        return Outcome(CANNOT, f"compute-sanitizer refuses this device: {refused.strip()}")
-    read = outcome(finished)
-    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", finished.output)
-    if read.status == OK and not found:
-        return Outcome(FAILED, "compute-sanitizer gave no summary: nothing was checked", read.rows)
-    if any(map(int, found)):
-        return Outcome(FAILED, f"{', '.join(found)} errors: {read.note}", read.rows)
-    return read
+def _test(part: str, rehearse: bool) -> list[Step]:
+    missing = [name for name in ("pytest", "hypothesis", "numpy") if importlib.util.find_spec(name) is None]
+    why_not = f"needs the Python packages {', '.join(missing)}" if missing else None
+    files = ["test_main.py"] if rehearse else sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+    words = ("-q", "--tb=short", "-p", "no:cacheprovider", "--seed", "1")
+    words += ("-n", "4") if importlib.util.find_spec("xdist") and not rehearse else ()
+    return [
+        Step(part, name, _python("pytest", f"tests/{name}", *words), 240, {}, why_not, suite_verdict) for name in files
+    ]
 
 
-def _sanitize(target: Target) -> list[Step]:
-    if target.rehearsal:
-        return [Step("cases", _own("cases", target, "--backend", "cpu"))]
-    # Without torch's cache of memory each tensor has an allocation of its own, and its ends are seen.
-    separate = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-    sanitizer = tool("compute-sanitizer") or "compute-sanitizer"
+def _sanitize(part: str, rehearse: bool) -> list[Step]:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
+    why_not = None if sanitizer else "compute-sanitizer is neither on PATH nor in CUDA's folder"
+    # Without torch's memory cache each tensor is an allocation of its own, whose ends the sanitizer knows.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     steps = []
-    for backend, name in [("triton", SANITIZERS[0]), *(("cuda", each) for each in SANITIZERS)]:
-        # torch asks drivers for what they may not know, which is no error of a kernel
+    for name, backend in SANITIZERS:
+        # torch asks the driver for functions that it may lack, which is no error of a kernel.
         quiet = ("--report-api-errors", "no") if name == "memcheck" else ()
-        cases = _own("cases", target, "--backend", backend)
-        command = (sanitizer, "--tool", name, *quiet, "--error-exitcode", "77", *cases)
-        steps.append(Step(f"{name}, {backend}", command, 440, 240, separate, read_sanitizer))
+        command = (sanitizer or "compute-sanitizer", "--tool", name, *quiet, "--error-exitcode", "77")
+        command += _python("benchmarks.gpu.checks", backend)
+        unfit = "compute-sanitizer needs a GPU" if rehearse else why_not
+        steps.append(Step(part, f"{name}, {backend}", command, 300, environment, unfit, sanitizer_verdict))
     return steps
 
 
-def _graph(target: Target) -> list[Step]:
-    return [Step(each, _own("graph", target, "--backend", each), 120) for each in target.backends]
-
-
-def read_benchmarks(finished: Finished) -> Outcome:
-    """A row that is WRONG or failed is told by name; one that is not run has its reason in its own note."""
-    read = outcome(finished)
-    if finished.cut_short and read.rows:
-        read = Outcome(UNFINISHED, f"{len(read.rows)} rows before its time was up", read.rows)
-    bad = [f"{row['implementation']} {row['status']}" for row in read.rows if row["status"] in ("WRONG", "failed")]
-    return Outcome(FAILED, ", ".join(bad), read.rows) if bad else read
-
-
-BOTH = ("--op", "delta_update forward", "delta_update forward+backward")
-SCANS = ("--impl", "ours (triton)", "ours (cuda)", "upstream-triton")
-SCAN = BOTH + SCANS
-LAYER = ("--impl", "frozen", "(triton)", "with memory (cuda)", "--op")
-MODEL = ("--op", "model Qwen3-4B", "--impl", "frozen", "ours", "upstream")
-BENCH = (
-    ("scan R=8 over T", SCAN, "--tokens 128 512 2048 8192", 240),
-    ("Qwen3-4B's layer, decoding", (*LAYER, "layer Qwen3-4B"), "--tokens 1 --batch 1 8 64", 300),
-    ("Qwen3-4B's layer, prefill", (*LAYER, "layer Qwen3-4B"), "--tokens 512 8192", 300),
-    ("scan R=8 over B", SCAN, "--tokens 8192 --batch 8 64", 240),
-    ("steps", ("--op", "delta_step", "--impl", "ours (triton)", "ours (cuda)", "pytorch"), "--tokens 1 4", 200),
-    ("scan R=8, long", SCAN, "--tokens 65536 1048576", 400),
-    ("scan R=4", SCAN, "--tokens 128 8192 --rank 4", 200),
-    ("scan R=16", SCAN, "--tokens 128 8192 --rank 16", 200),
-    ("beside fla", (*BOTH[:2], *SCANS, "fla"), "--tokens 128 8192 --mode lambda_outside --gates head", 200),
-    ("ways to scan", (*BOTH[:2], "--impl", "triton, "), "--tokens 256 8192 --batch 1 64 256", 200),
-    ("projection", ("--op", "memory_projection Qwen3-4B", "--impl", "ours", "torch"), "--tokens 512 8192", 240),
-    ("correction", ("--op", "attention_correction", "--impl", "ours", "torch"), "--tokens 512 8192", 300),
-    ("SmolLM3-3B's layer, decoding", (*LAYER, "layer SmolLM3-3B"), "--tokens 1 --batch 1 8 64", 300),
-    ("SmolLM3-3B's layer, prefill", (*LAYER, "layer SmolLM3-3B"), "--tokens 512 8192", 300),
-    ("model's decoding", MODEL, "--tokens 1 --batch 1 8 64", 440),
-    ("model's prefill", MODEL, "--tokens 512 8192 32768", 440),
-)
-"""Name, what is run and on which sizes as `python -m benchmarks` takes them, limit in seconds. All in bfloat16."""
-
-
-def _bench(target: Target) -> list[Step]:
-    ceilings = ("--shrink", "64", "--seconds", "0.1") if target.rehearsal else ()
-    steps = [Step("ceilings", _own("ceilings", target, *ceilings), 120)]
-    for name, what, sizes, limit in BENCH:
-        words = [*what, *sizes.split(), "--dtype", "bfloat16", "--seconds", "1", "--device", target.device]
-        if target.rehearsal:
-            words = [word.replace("triton", "cpu") for word in words]
-            words += ["--quick", "--threads", "1", "--batch", "1", "--tokens", "64"]
-        command = (*PYTHON, "benchmarks", *words, "--json", "{rows}")
-        steps.append(Step(name, command, limit, LEAST_TO_MEASURE, _with_peers(), read_benchmarks))
-    return steps[:2] if target.rehearsal else steps
-
-
-def _with_peers() -> tuple[tuple[str, str], ...]:
-    """So that Python finds the packages in .peers/ and in the folders there."""
-    if not PEERS.is_dir():
-        return ()
-    folders = [PEERS, *sorted(path for path in PEERS.iterdir() if path.is_dir())]
-    inherited = filter(None, [os.environ.get("PYTHONPATH")])
-    return (("PYTHONPATH", os.pathsep.join([*map(str, folders), *inherited])),)
-
-
-HOT = (
-    ("delta_update forward", "ours (triton)", 8192, 1),
-    ("delta_update forward+backward", "ours (triton)", 8192, 1),
-    ("delta_update forward", "ours (cuda)", 8192, 1),
-    ("delta_update forward+backward", "ours (cuda)", 8192, 1),
-    ("delta_step", "ours (triton)", 1, 256),
-    ("layer Qwen3-4B", "with memory (triton)", 8192, 1),
-    ("layer Qwen3-4B", "with memory (triton)", 1, 1),
-)
-SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
-
-
-def _profile(target: Target) -> list[Step]:
-    ncu = tool("ncu") or "ncu"
-    counters = [ncu, "--profile-from-start", "off", "--clock-control", "none", "--csv", "--page", "details"]
-    counters += [word for section in SECTIONS for word in ("--section", section)]
-    steps = []
-    for operation, implementation, tokens, batch in HOT:
-        case = [operation, implementation, "--tokens", str(tokens), "--batch", str(batch)]
-        name = f"{operation}, {implementation}, B={batch} T={tokens}"
-        if target.rehearsal:
-            case[1:4] = [
-                implementation.replace("triton", "cpu").replace("cuda", "cpu"),
-                "--tokens",
-                str(min(tokens, 64)),
-            ]
-        steps.append(Step(f"{name}: times", _own("hot", target, *case), 120))
-        program = (*PYTHON, "benchmarks.gpu.hot", *case)
-        if not target.rehearsal and tool("ncu"):
-            steps.append(Step(f"{name}: counters", (*counters, *program), 200, read=hot.read_ncu))
-    return steps[:1] if target.rehearsal else steps
-
-
-PARTS: dict[str, Callable[[Target], list[Step]]] = {
+PARTS: dict[str, Callable[[str, bool], list[Step]]] = {
     "build": _build,
     "graph": _graph,
-    "bench": _bench,
+    **dict.fromkeys(("scan", "prefill", "decode", "correct"), _timed),
+    "ceilings": _ceilings,
     "test": _test,
-    "profile": _profile,
     "sanitize": _sanitize,
 }
+FIRST_CALL = tuple(part for part in PARTS if part not in ("test", "sanitize"))
+"""These parts fit into one call of ten minutes, even if every step takes all of its time."""
 
 
-def steps(part: str, target: Target) -> Sequence[Step]:
-    return PARTS[part](target)
+def steps(part: str, rehearse: bool = False) -> list[Step]:
+    found = PARTS[part](part, rehearse)
+    return [replace(step, seconds=REHEARSAL_SECONDS) for step in found] if rehearse else found
+
+
+def seconds(part: str) -> float:
+    """The longest that a part can take, from its steps' limits."""
+    return sum(step.seconds for step in steps(part)) / AT_ONCE.get(part, 1)
