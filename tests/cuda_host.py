@@ -1,5 +1,7 @@
-"""The CUDA kernels' own source, played on threads (csrc/cuda/host.h) and built by the C++ compiler, for CPU tensors. It
-is no backend that anybody could ask for: `installed` puts it in the place of "cuda" for a test."""
+"""Build the CUDA kernels with the C++ compiler, run on threads (csrc/cuda/host_emulation.h), for CPU tensors.
+
+It is not a backend that users can select: `installed` puts it in the place of "cuda" during a test.
+"""
 
 from __future__ import annotations
 

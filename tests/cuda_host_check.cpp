@@ -1,8 +1,9 @@
-// Random problems for the CUDA kernels played on threads, against one row after another in float64: a program of its own,
-// for sanitizers. Every array is a piece of memory with nothing to spare. Arguments: the seed. Exit status 1 on a mismatch.
+// A program that runs the CUDA kernels on CPU threads with random operands and compares them with a plain float64 loop
+// over tokens. It is built with sanitizers, so each array has memory of its own without padding. Argument: the seed.
+// The exit status is 1 on a mismatch.
 #include "cuda_host_check.h"
 
-constexpr int64_t kPlain = INT64_MAX;  // no sequence runs in chunks
+constexpr int64_t kPlain = INT64_MAX;  // the chunked_from with which no sequence runs in chunks
 
 struct Case {
   int64_t T, H, R;
@@ -26,7 +27,7 @@ struct Tokens {
     const int64_t rows = B * c.T * c.H, count = rows * c.R, gates = c.per_head ? rows : count;
     const double unit = 1 / std::sqrt(double(c.R));
     q = {c.dtype, size_t(count), -unit, unit}, k = {c.dtype, size_t(count), -unit, unit};
-    // In chunks with gates that forget little: what a chunk starts from is still there at its end.
+    // In chunks the gates forget little, so that the state at the end of a chunk depends on the state at its start.
     const double most = c.chunked_from < kPlain ? 0.05 : 1, least_decay = c.chunked_from < kPlain ? 0.97 : 0.01;
     v = {c.dtype, size_t(count), -1, 1}, beta = {c.dtype, size_t(gates), 0.01, most};
     if (!c.coupled || c.mode == Mode::affine) decay = {c.dtype, size_t(gates), least_decay, 1};
@@ -45,8 +46,8 @@ struct Tokens {
     const int64_t head = token * c.H + h;
     return x.at(int64_t(x.count) == B * c.T * c.H ? head : head * c.R + i);
   }
-  Problem problem() const {
-    Problem p{};
+  ScanArgs args() const {
+    ScanArgs p{};
     p.B = B, p.T = c.T, p.H = c.H, p.R = c.R, p.N = N, p.mode = c.mode, p.double_precision = c.dtype == DType::f64;
     p.q = rows(q), p.k = rows(k), p.v = rows(v), p.beta = gates(beta), p.decay = gates(decay), p.write = gates(write);
     p.initial_state = states(initial), p.mask = mask.get(), p.mask_stride[0] = c.T, p.mask_stride[1] = 1;
@@ -54,8 +55,8 @@ struct Tokens {
     return p;
   }
 
-  // One row of a state after another. d_reads and d_final weigh the results; grads in the order q, k, v, beta, decay,
-  // write, initial.
+  // The exact results, one state row after another. The gradients are those of q, k, v, beta, decay, write and initial,
+  // in this order, for the cotangents d_reads and d_final.
   void exact(const Array& d_reads, const Array& d_final, std::vector<double>& reads, std::vector<double>& finals,
              std::vector<double>* grads) const {
     const int64_t R = c.R, H = c.H;
@@ -100,12 +101,14 @@ struct Tokens {
           for (int64_t j = 0; j < R; ++j) grads[6][state + j] = G[j];
         }
   }
-  Gates<double> gates_of(double b, double d, double w) const { return deltamem::gates(c.mode, !decay.count, 1.0, b, d, w); }
+  Gates<double> gates_of(double b, double d, double w) const {
+    return deltamem::gates(c.mode, !decay.count, 1.0, b, d, w);
+  }
 };
 
 void sequences(const Case& c) {
   const Tokens x(c);
-  const Problem p = x.problem();
+  const ScanArgs p = x.args();
   const DType type = p.double_precision ? DType::f64 : DType::f32;
   const int64_t count = x.q.count, gates = x.beta.count, states = x.initial.count;
   const Array d_reads(c.dtype, count, -1, 1), d_final(type, states, -1, 1);
@@ -116,44 +119,45 @@ void sequences(const Case& c) {
   Array our_reads(c.dtype, count), our_finals(type, states);
   Array checkpoints(type, x.B * (c.T / kCheckpointInterval) * c.H * c.R * c.R);
   auto forward_memory = std::make_unique<char[]>(cuda::forward_needs(p, c.chunked_from).workspace);
-  const ForwardOutput out{x.rows(our_reads), our_finals.bytes.get(), checkpoints.bytes.get()};
+  const ScanOutput out{x.rows(our_reads), our_finals.bytes.get(), checkpoints.bytes.get()};
   cuda::forward(p, c.chunked_from, out, forward_memory.get(), nullptr);
   compare("reads", our_reads, reads), compare("final_state", our_finals, finals);
 
   Array d[7];
   for (int i = 0; i < 7; ++i) d[i] = Array(i == 6 ? DType::f32 : c.dtype, exact[i].size());
-  BackwardOutput back{x.rows(d[0]), x.rows(d[1]), x.rows(d[2]), x.gates(d[3]), {}, {}, c.per_head, c.per_head, false,
+  ScanGradients back{x.rows(d[0]), x.rows(d[1]), x.rows(d[2]), x.gates(d[3]), {}, {}, c.per_head, c.per_head, false,
                       x.states(d[6])};
   if (x.decay.count) back.decay = x.gates(d[4]);
   if (x.write.count) back.write = x.rows(d[5]);
   auto memory = std::make_unique<char[]>(cuda::backward_needs(p, c.chunked_from).workspace);
-  cuda::backward(p, c.chunked_from, x.rows(d_reads), x.states(d_final), checkpoints.bytes.get(), back, memory.get(), nullptr);
+  cuda::backward(p, c.chunked_from, x.rows(d_reads), x.states(d_final), checkpoints.bytes.get(), back, memory.get(),
+                 nullptr);
   const char* names[] = {"d_q", "d_k", "d_v", "d_beta", "d_decay", "d_write", "d_initial_state"};
   for (int i = 0; i < 7; ++i)
     if ((i != 4 || back.decay.data) && (i != 5 || back.write.data)) compare(names[i], d[i], exact[i]);
 }
 
-// cu_seqlens is not looked at by the host: wrong ones must not lead out of any array.
+// The host does not read cu_seqlens. Wrong ones must not cause accesses outside of any array.
 void wrong_bounds(const Case& c, std::vector<int64_t> bounds) {
   Tokens x(c);
   x.bounds = bounds;
-  const Problem p = x.problem();
+  const ScanArgs p = x.args();
   const int64_t states = x.initial.count;
   Array reads(c.dtype, x.q.count), finals(DType::f32, states), d_reads(c.dtype, x.q.count, -1, 1);
   Array checkpoints(DType::f32, (c.T / kCheckpointInterval) * c.H * c.R * c.R, -1, 1), d_q(c.dtype, x.q.count);
   auto memory = std::make_unique<char[]>(cuda::forward_needs(p, c.chunked_from).workspace);
   cuda::forward(p, c.chunked_from, {x.rows(reads), finals.bytes.get(), checkpoints.bytes.get()}, memory.get(), nullptr);
   memory = std::make_unique<char[]>(cuda::backward_needs(p, c.chunked_from).workspace);
-  BackwardOutput out{};
+  ScanGradients out{};
   out.q = x.rows(d_q);
   cuda::backward(p, c.chunked_from, x.rows(d_reads), {}, checkpoints.bytes.get(), out, memory.get(), nullptr);
 }
 
-// Rows 0 and 1 on slots 2 and 0 of three; slot 1 stays as it is.
+// Rows 0 and 1 use slots 2 and 0 of three; slot 1 must not change.
 void decoding(int64_t T, int64_t H, int64_t R) {
   Case c{T, H, R};
   const Tokens x(c);
-  Problem p = x.problem();
+  ScanArgs p = x.args();
   p.initial_state = {};
   const int64_t size = H * R * R, slots[] = {2, 0};
   Array pool(DType::f32, 3 * size, -1, 1), reads(DType::f32, x.q.count);
@@ -166,7 +170,7 @@ void decoding(int64_t T, int64_t H, int64_t R) {
   x.exact(Array(DType::f32, x.q.count, -1, 1), Array(DType::f32, 2 * size, -1, 1), exact_reads, finals, grads);
   for (int64_t n = 0; n < 2; ++n)
     for (int64_t i = 0; i < size; ++i) expected[slots[n] * size + i] = finals[n * size + i];
-  PoolStep s{};
+  PoolStepArgs s{};
   s.state = x.states(pool), s.reads = x.rows(reads), s.slots = 3, s.pad = -1, s.last = true;
   s.indices = {slots, true, {1, 0}};
   cuda::step(p, s, nullptr);
@@ -191,11 +195,13 @@ int main(int count, char** arguments) {
   run("in chunks", {66, 1, 16, Mode::standard, true, false, false, DType::bf16, 65, {}});
   run("three heads of 16 bits", {5, 3, 8, Mode::standard, true, false, false, DType::f16, kPlain, {}});
   run("float64", {5, 1, 5, Mode::standard, true, false, true, DType::f64, kPlain, {}});
-  for (int64_t R : {1, 3, 16, 33, 65}) run("rank", {R > 16 ? 2 : 5, 1, R, Mode::standard, true, false, false, DType::f32, kPlain, {}});
+  for (int64_t R : {1, 3, 16, 33, 65})
+    run("rank", {R > 16 ? 2 : 5, 1, R, Mode::standard, true, false, false, DType::f32, kPlain, {}});
   for (int64_t chunked_from : {kPlain, int64_t(65)}) {
     std::printf("wrong cu_seqlens\n");
-    wrong_bounds({140, 1, 4, Mode::standard, true, false, false, DType::f32, chunked_from, {70, 70, 0}}, {9, -5, 1000, 70});
-    wrong_bounds({140, 1, 4, Mode::standard, true, false, false, DType::f32, chunked_from, {70, 70, 0}}, {140, 0, 139, 7});
+    const Case c{140, 1, 4, Mode::standard, true, false, false, DType::f32, chunked_from, {70, 70, 0}};
+    wrong_bounds(c, {9, -5, 1000, 70});
+    wrong_bounds(c, {140, 0, 139, 7});
   }
   for (int64_t R : {4, 8, 33}) {
     std::printf("step: R=%d\n", int(R));

@@ -1,4 +1,5 @@
-// What the checks of the CUDA kernels share: arrays of random numbers with nothing to spare, and the comparison.
+// What the checks of the CUDA kernels share: arrays of random values, which end where their memory ends, and the
+// comparison.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 #include <vector>
 
 #include "cuda/device.h"
-#include "cuda/kernels.h"
+#include "cuda/launchers.h"
 
 using namespace deltamem;
 
@@ -30,14 +31,16 @@ struct Array {
     for (size_t i = 0; i < count; ++i) put(i, low == high ? NAN : uniform(low, high));
   }
   void put(size_t i, double x) {
-    with_dtype(dtype, [&](auto tag) { put_number(x, reinterpret_cast<decltype(tag)*>(bytes.get())[i]); });
+    with_dtype(dtype, [&](auto tag) { convert_to(x, reinterpret_cast<decltype(tag)*>(bytes.get())[i]); });
   }
   double at(size_t i) const {
     double x = 0;
-    with_dtype(dtype, [&](auto tag) { x = number<double>(reinterpret_cast<decltype(tag)*>(bytes.get())[i]); });
+    with_dtype(dtype, [&](auto tag) { x = convert<double>(reinterpret_cast<decltype(tag)*>(bytes.get())[i]); });
     return x;
   }
-  Operand operand(int64_t s0, int64_t s1, int64_t s2, int64_t s3) const { return {bytes.get(), dtype, {s0, s1, s2, s3}}; }
+  Operand operand(int64_t s0, int64_t s1, int64_t s2, int64_t s3) const {
+    return {bytes.get(), dtype, {s0, s1, s2, s3}};
+  }
 };
 
 inline bool failed = false;

@@ -1,4 +1,4 @@
-// As cuda_host_check.cpp, for the operations around the scan.
+// Like cuda_host_check.cpp, for the operations around the scan.
 #include "cuda_host_check.h"
 
 namespace {
@@ -18,20 +18,20 @@ void projection(const OfTokens& of) {
   const Array x(of.x, tokens * of.D, -1, 1);
   // q, k, v, beta, decay
   const int64_t rows[] = {all, all, all, of.beta_rows, of.decay_rows};
-  const int64_t of_weight[] = {3 * all, of.beta_rows, of.decay_rows};
-  Array weights[3], biases[3], results[5], norms(type, of.normalize ? 2 * tokens * of.H : 0);
-  for (int i = 0; i < 3; ++i) {
-    weights[i] = Array(of.weights, of_weight[i] * of.D, -1, 1);
-    if (i) biases[i] = Array(of.weights, of_weight[i], -1, 1);
+  Array weights[5], biases[5], results[5], norms(type, of.normalize ? 2 * tokens * of.H : 0);
+  for (int i = 0; i < 5; ++i) {
+    weights[i] = Array(of.weights, rows[i] * of.D, -1, 1);
+    if (i >= 3) biases[i] = Array(of.weights, rows[i], -1, 1);
+    results[i] = Array(type, tokens * rows[i]);
   }
-  for (int i = 0; i < 5; ++i) results[i] = Array(type, tokens * rows[i]);
-  Projection p{};
+  ProjectionArgs p{};
   p.B = of.B, p.T = of.T, p.D = of.D, p.H = of.H, p.R = of.R, p.normalize = of.normalize;
   p.double_precision = type == DType::f64;
-  p.x = x.operand(of.T * of.D, of.D, 1, 0), p.qkv_weight = weights[0].operand(of.D, 1, 0, 0);
-  for (int i = 0; i < 2; ++i)
-    p.gates[i] = {weights[i + 1].operand(of.D, 1, 0, 0), biases[i + 1].operand(1, 0, 0, 0), rows[i + 3],
-                  results[i + 3].bytes.get()};
+  p.x = x.operand(of.T * of.D, of.D, 1, 0);
+  for (int i = 0; i < 3; ++i) p.qkv_weight[i] = weights[i].operand(of.D, 1, 0, 0);
+  for (int i = 3; i < 5; ++i)
+    p.gates[i - 3] = {weights[i].operand(of.D, 1, 0, 0), biases[i].operand(1, 0, 0, 0), rows[i],
+                      results[i].bytes.get()};
   p.q = results[0].bytes.get(), p.k = results[1].bytes.get(), p.v = results[2].bytes.get();
   p.norms = norms.bytes.get();
   cuda::project(p, nullptr);
@@ -41,10 +41,9 @@ void projection(const OfTokens& of) {
     exact[i].resize(results[i].count);
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t row = 0; row < rows[i]; ++row) {
-        const int64_t at = i < 3 ? i * all + row : row, weight = i < 3 ? 0 : i - 2;
-        double y = weight ? biases[weight].at(at) : 0;
-        for (int64_t d = 0; d < of.D; ++d) y += weights[weight].at(at * of.D + d) * x.at(t * of.D + d);
-        if (weight) y = 1 / (1 + std::exp(-y));
+        double y = i >= 3 ? biases[i].at(row) : 0;
+        for (int64_t d = 0; d < of.D; ++d) y += weights[i].at(row * of.D + d) * x.at(t * of.D + d);
+        if (i >= 3) y = 1 / (1 + std::exp(-y));
         exact[i][t * rows[i] + row] = i < 2 && of.normalize ? std::tanh(y) : y;
       }
     for (int64_t head = 0; i < 2 && of.normalize && head < tokens * of.H; ++head) {
@@ -65,8 +64,9 @@ struct OfRows {
   DType base, weight;
 };
 
-// The reads' gradients are the products of W with g, whatever g is: that is seen by the tests of every backend.
-void adjoint(const OfRows& of, Correction c) {
+// Checks that the gradients of the reads are the products of the weight with g. Whether g is right is tested for every
+// backend in Python.
+void adjoint(const OfRows& of, CorrectionArgs c) {
   const DType type = c.double_precision ? DType::f64 : DType::f32;
   const int64_t rows = of.B * of.T, groups = 2;
   const bool turned = of.normed || of.rotary;
@@ -86,7 +86,7 @@ void adjoint(const OfRows& of, Correction c) {
       for (int64_t d = 0; d < of.D; ++d) {
         double w = 0;
         with_dtype(c.weight.dtype, [&](auto tag) {
-          w = number<double>(static_cast<const decltype(tag)*>(c.weight.data)[d * c.K + k]);
+          w = convert<double>(static_cast<const decltype(tag)*>(c.weight.data)[d * c.K + k]);
         });
         exact[row * c.K + k] += w * (turned ? g : d_out).at(row * of.D + d);
       }
@@ -103,7 +103,7 @@ void correction(const OfRows& of) {
   Array out(of.base, base.count);
   if (of.in_place)
     for (size_t i = 0; i < base.count; ++i) out.put(i, base.at(i));
-  Correction c{};
+  CorrectionArgs c{};
   c.B = of.B, c.T = of.T, c.D = of.D, c.H = of.H, c.R = of.R, c.K = K, c.head_dim = of.head_dim;
   c.double_precision = of.base == DType::f64, c.scale = 0.7, c.norm_eps = 0.1;
   c.out = out.operand(of.T * of.D, of.D, 0, 1);

@@ -199,7 +199,7 @@ class Program:
         path.write_text(text.replace(right, wrong))
         other = Program(folder, copy, [])
         other.flags, other.objects = self.flags, dict(self.objects)
-        other.compile(copy / "cuda" / "forward.cu")
+        other.compile(copy / "cuda" / "scan_forward.cu")
         return other
 
     def run(self, seed: int) -> subprocess.CompletedProcess:
@@ -231,8 +231,8 @@ def test_sanitizers_find_nothing(sanitized, request):
 
 
 PLANTED = {
-    "address": ("cuda/forward.cu", "store(read, out.reads, offset(", "store(read, out.reads, 1 + offset("),
-    "thread": ("cuda/tile.h", "      scan(i);\n    }\n    __syncthreads();\n", "      scan(i);\n    }\n"),
+    "address": ("cuda/scan_forward.cu", "store(read, out.reads, offset(", "store(read, out.reads, 1 + offset("),
+    "thread": ("cuda/scan_tiles.h", "      scan(i);\n    }\n    __syncthreads();\n", "      scan(i);\n    }\n"),
 }
 REPORTS = {"address": "AddressSanitizer: heap-buffer-overflow", "thread": "ThreadSanitizer: data race"}
 

@@ -1,4 +1,4 @@
-#include "headers.h"
+#include "system_headers.h"
 
 #ifdef __x86_64__
 #ifdef __clang__
@@ -9,7 +9,7 @@
 
 #define DELTAMEM_ISA avx2
 #define DELTAMEM_VECTOR_BYTES 32
-#include "kernels.h"
+#include "instantiate.h"
 
 extern const deltamem::Kernels deltamem::kAvx2 = deltamem::avx2::kernels("avx2");
 

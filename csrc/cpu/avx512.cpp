@@ -1,4 +1,4 @@
-#include "headers.h"
+#include "system_headers.h"
 
 #ifdef __x86_64__
 #ifdef __clang__
@@ -9,7 +9,7 @@
 
 #define DELTAMEM_ISA avx512
 #define DELTAMEM_VECTOR_BYTES 64
-#include "kernels.h"
+#include "instantiate.h"
 
 extern const deltamem::Kernels deltamem::kAvx512 = deltamem::avx512::kernels("avx512");
 

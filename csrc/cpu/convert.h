@@ -1,18 +1,13 @@
-// Numbers of every dtype to those of the arithmetic and back, N at a time. Narrowing rounds to nearest, ties to even.
+// Conversions between dtypes, N values at a time. Narrowing rounds to nearest, ties to even.
 #pragma once
 
+#include "../core/operand.h"
 #include "vec.h"
 
 namespace deltamem {
 inline namespace DELTAMEM_ISA {
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
+// Vectors of N bit patterns.
 template <int N>
 struct Bits {
   typedef uint16_t U16 __attribute__((vector_size(2 * N)));
@@ -43,7 +38,7 @@ DELTAMEM_INLINE void narrow(const float* p, BFloat16* out) {
   typedef Bits<N> B;
   typedef typename B::U32 U32;
   const U32 u = B::template read<U32>(p), rounded = u + 0x7fff + ((u >> 16) & 1);
-  const U32 bits = B::choose((u & 0x7fffffff) > 0x7f800000, u | 0x400000, rounded) >> 16;  // a NaN stays one
+  const U32 bits = B::choose((u & 0x7fffffff) > 0x7f800000, u | 0x400000, rounded) >> 16;  // NaN stays NaN
   const auto h = __builtin_convertvector(bits, typename B::U16);
   std::memcpy(out, &h, sizeof(h));
 }
@@ -54,7 +49,7 @@ DELTAMEM_INLINE void widen(const Half* p, float* out) {
   typedef typename B::U32 U32;
   typedef typename B::F32 F32;
   const U32 u = __builtin_convertvector(B::template read<typename B::U16>(p), U32);
-  // The exponent moves from bias 15 to 127 by a product with 2^112, which also makes subnormal halves right.
+  // Multiplying by 2^112 moves the exponent's bias from 15 to 127. It also normalizes subnormal halves.
   const U32 rest = (u & 0x7fff) << 13, scaled = U32(F32(rest) * 0x1p112f);
   const U32 magnitude = B::choose((u & 0x7c00) == 0x7c00, rest | 0x7f800000, scaled);
   const U32 bits = ((u & 0x8000) << 16) | magnitude;
@@ -68,14 +63,15 @@ DELTAMEM_INLINE void narrow(const float* p, Half* out) {
   typedef typename B::F32 F32;
   const U32 u = B::template read<U32>(p), a = u & 0x7fffffff;
   U32 bits = (a + 0xc8000fff + ((a >> 13) & 1)) >> 13;
-  // Below 2^-14 the half is subnormal: adding 0.5 lets the hardware round at the right bit.
+  // Below 2^-14 the half is subnormal. Adding 0.5 makes the hardware round at its last bit.
   bits = B::choose(a < 0x38800000, U32(F32(a) + 0.5f) - 0x3f000000, bits);
-  bits = B::choose(a >= 0x477ff000, U32{} + 0x7c00, bits);  // 65520 and more are infinity
+  bits = B::choose(a >= 0x477ff000, U32{} + 0x7c00, bits);  // 65520 and above round to infinity
   bits = B::choose(a > 0x7f800000, U32{} + 0x7e00, bits);
   const auto h = __builtin_convertvector(bits | ((u >> 16) & 0x8000), typename B::U16);
   std::memcpy(out, &h, sizeof(h));
 }
 
+// N values.
 template <int N, class From, class To>
 DELTAMEM_INLINE void convert(const From* p, To* out) {
   if constexpr (std::is_same_v<From, To>) {
@@ -86,13 +82,14 @@ DELTAMEM_INLINE void convert(const From* p, To* out) {
     widen<N>(p, out);
   } else if constexpr (std::is_same_v<From, float>) {
     narrow<N>(p, out);
-  } else {  // between double and 16 bits by way of float
+  } else {  // between double and a 16-bit float, through float
     float middle[N];
     convert<N>(p, middle);
     convert<N>(middle, out);
   }
 }
 
+// R values, where R is an integer or a std::integral_constant.
 template <class From, class To, class Rank>
 DELTAMEM_INLINE void convert_row(const From* p, To* out, Rank R) {
   int i = 0;

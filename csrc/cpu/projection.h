@@ -1,11 +1,12 @@
-// memory_projection on a CPU: x W^T, tanh, l2norm and sigmoid, a group of tokens at a time, which stays in the cache.
+// memory_projection on a CPU: x W^T, then tanh, l2norm and sigmoid, for one group of tokens at a time.
 //
-// The product takes x and W as they lie in memory: a vector runs along D, the W partial sums of a dot product are added
-// up at the end. One dot product has the same bits whatever tokens and rows of W are computed beside it.
+// x and the weights are read as they are in memory. A vector runs along D, and the partial sums in its lanes are added
+// up at the end. The bits of a dot product do not depend on the other tokens and rows that are computed with it.
 #pragma once
 
-#include "chunk.h"
-#include "elementary.h"
+#include "arena.h"
+#include "load_store.h"
+#include "activations.h"
 
 namespace deltamem {
 inline namespace DELTAMEM_ISA {
@@ -13,10 +14,10 @@ inline namespace DELTAMEM_ISA {
 template <class T, int W>
 struct Project {
   typedef Vec<T, W> L;
-  static constexpr int kBlock = 640;  // columns of x and W at a time: those of a few tokens stay in the first cache
-  static constexpr int kMost = W > 1 ? W / 2 : 1;  // tokens side by side: W sums of kMost tokens and two rows of W
+  static constexpr int kBlock = 640;  // columns at a time, so that those of a few tokens stay in the L1 cache
+  static constexpr int kMaxTokens = W > 1 ? W / 2 : 1;  // at a time: W sums are kMaxTokens tokens times two weight rows
 
-  // Columns [begin, end) of M tokens times W / M rows, added to the W sums, row after row.
+  // Adds the products of columns [begin, end) of M tokens and W / M weight rows to sums [W / M, M].
   template <int M, class Weight>
   static void add_products(const T* const* x, const Weight* const* rows, int64_t begin, int64_t end, L* sums) {
     constexpr int N = W / M;
@@ -56,21 +57,22 @@ struct Project {
   }
 
   struct Scratch {
-    T *logits, *x;
-    const void** rows;
-    L* sums;
-    T* bias;
+    T* logits;          // [rows, W tokens]
+    T* x;               // [W tokens, D], if x has to be converted
+    const void** rows;  // the weight rows of q, k, v and the gates
+    L* sums;            // [rows, kMaxTokens]
+    T* bias;            // of the gates
   };
 
-  // logits[n * W + m]: row n of W times token m, for up to W tokens.
+  // Sets logits[n * W + m] to weight row n times token m, for up to W tokens, M at a time.
   template <int M, class Weight>
-  static void project(const Projection& p, const T* const* x, int count, const Scratch& scratch, T* logits) {
+  static void project(const ProjectionArgs& p, const T* const* x, int count, const Scratch& scratch, T* logits) {
     if constexpr (M > 1) {
       if (count < M) return project<M / 2, Weight>(p, x, count, scratch, logits);
     }
     const int64_t N = W / M, blocks = (p.D + kBlock - 1) / kBlock;
     const int64_t width = blocks ? ((p.D + blocks - 1) / blocks + W - 1) / W * W : W;
-    const int64_t rows = (p.rows() + N - 1) / N * N;  // the last one again, where N does not divide them
+    const int64_t rows = (p.rows() + N - 1) / N * N;  // rounded up; load_rows repeats the last one
     fill(reinterpret_cast<T*>(scratch.sums), rows * M * W, T(0));
     const auto* const* row = reinterpret_cast<const Weight* const*>(scratch.rows);
     for (int64_t begin = 0; begin < p.D; begin += width)
@@ -85,7 +87,7 @@ struct Project {
     if (count > M) project<M, Weight>(p, x + M, count - M, scratch, logits + M);
   }
 
-  // tanh and l2norm of R logits, in place. A lane is a token.
+  // Applies tanh and l2norm to the R logits of a head, in place. Each lane has one token.
   static void normalize(T* logits, int64_t R, T* norms) {
     L squares{};
     for (int64_t r = 0; r < R; ++r) {
@@ -102,14 +104,15 @@ struct Project {
     for (int64_t r = 0; r < R; ++r) L{L::load(logits + r * W).x / norm.x}.store(logits + r * W);
   }
 
-  // `columns` logits of the tokens from `first` on to out, [tokens, columns].
-  static void put(const T* logits, int64_t columns, void* out, int64_t first, int count) {
+  // Copies `columns` logits of `count` tokens to rows first, first + 1, ... of out, [tokens, columns].
+  static void store_columns(const T* logits, int64_t columns, void* out, int64_t first, int count) {
     T* p = static_cast<T*>(out) + first * columns;
     for (int m = 0; m < count; ++m, p += columns)
       for (int64_t n = 0; n < columns; ++n) p[n] = logits[n * W + m];
   }
 
-  static void finish(const Projection& p, int64_t first, int count, const Scratch& scratch) {
+  // Activations, and the results of `count` tokens from `first` on.
+  static void finish(const ProjectionArgs& p, int64_t first, int count, const Scratch& scratch) {
     const int64_t width = p.H * p.R;
     T* logits = scratch.logits;
     for (int64_t part = 0; part < 2; ++part, logits += width * W) {  // q, k
@@ -119,20 +122,20 @@ struct Project {
         T* out = static_cast<T*>(p.norms) + (part * p.B * p.T + first) * p.H + h;
         for (int m = 0; m < count; ++m) out[m * p.H] = norms[m];
       }
-      put(logits, width, part ? p.k : p.q, first, count);
+      store_columns(logits, width, part ? p.k : p.q, first, count);
     }
-    put(logits, width, p.v, first, count);
+    store_columns(logits, width, p.v, first, count);
     logits += width * W;
     const T* bias = scratch.bias;
     for (const Gate& gate : p.gates) {
       for (int64_t n = 0; n < gate.rows; ++n, ++bias)
         sigmoid(L::load(logits + n * W) + L::splat(*bias)).store(logits + n * W);
-      put(logits, gate.rows, gate.out, first, count);
+      store_columns(logits, gate.rows, gate.out, first, count);
       logits += gate.rows * W;
     }
   }
 
-  static void load_rows(const Projection& p, const Scratch& scratch) {
+  static void load_rows(const ProjectionArgs& p, const Scratch& scratch) {
     int64_t n = 0;
     const auto append = [&](const Operand& weight, int64_t rows) {
       with_dtype(weight.dtype, [&](auto tag) {
@@ -140,7 +143,7 @@ struct Project {
           scratch.rows[n++] = static_cast<const decltype(tag)*>(weight.data) + i * weight.stride[0];
       });
     };
-    append(p.qkv_weight, 3 * p.H * p.R);
+    for (const Operand& weight : p.qkv_weight) append(weight, p.H * p.R);
     T* bias = scratch.bias;
     for (const Gate& gate : p.gates) {
       append(gate.weight, gate.rows);
@@ -154,19 +157,19 @@ struct Project {
     for (; n < p.rows() + W; ++n) scratch.rows[n] = scratch.rows[p.rows() - 1];
   }
 
-  // The tokens of groups [begin, end), W of them a group.
+  // Runs the tokens of groups [begin, end). A group has W tokens.
   template <class Weight>
-  static void groups(const Projection& p, int64_t begin, int64_t end) {
+  static void run(const ProjectionArgs& p, int64_t begin, int64_t end) {
     const int64_t rows = p.rows() + W, tokens = p.B * p.T;
-    const bool as_it_lies = p.x.dtype == kDType<T> && p.x.stride[2] == 1;
+    const bool in_place = p.x.dtype == kDType<T> && p.x.stride[2] == 1;
     thread_local Arena arena;
-    arena.reset(Arena::piece<T>(rows * W) + Arena::piece<T>(as_it_lies ? 0 : W * p.D) + Arena::piece<void*>(rows) +
-                Arena::piece<L>(rows * kMost) + Arena::piece<T>(rows));
+    arena.reset(Arena::bytes<T>(rows * W) + Arena::bytes<T>(in_place ? 0 : W * p.D) + Arena::bytes<void*>(rows) +
+                Arena::bytes<L>(rows * kMaxTokens) + Arena::bytes<T>(rows));
     Scratch scratch{};
     scratch.logits = arena.take<T>(rows * W);
-    scratch.x = arena.take<T>(as_it_lies ? 0 : W * p.D);
+    scratch.x = arena.take<T>(in_place ? 0 : W * p.D);
     scratch.rows = arena.take<const void*>(rows);
-    scratch.sums = arena.take<L>(rows * kMost);
+    scratch.sums = arena.take<L>(rows * kMaxTokens);
     scratch.bias = arena.take<T>(rows);
     load_rows(p, scratch);
     for (int64_t first = begin * W; first < end * W && first < tokens; first += W) {
@@ -175,14 +178,15 @@ struct Project {
       if (count < W) fill(scratch.logits, rows * W, T(0));
       for (int m = 0; m < count; ++m) {
         const int64_t offset = (first + m) / p.T * p.x.stride[0] + (first + m) % p.T * p.x.stride[1];
-        x[m] = as_it_lies ? static_cast<const T*>(p.x.data) + offset : stage_token(p, offset, scratch.x + m * p.D);
+        x[m] = in_place ? static_cast<const T*>(p.x.data) + offset : stage_token(p, offset, scratch.x + m * p.D);
       }
-      project<kMost, Weight>(p, x, count, scratch, scratch.logits);
+      project<kMaxTokens, Weight>(p, x, count, scratch, scratch.logits);
       finish(p, first, count, scratch);
     }
   }
 
-  static const T* stage_token(const Projection& p, int64_t offset, T* out) {
+  // Converts a token of x to T.
+  static const T* stage_token(const ProjectionArgs& p, int64_t offset, T* out) {
     with_dtype(p.x.dtype, [&](auto tag) {
       const auto* x = static_cast<const decltype(tag)*>(p.x.data) + offset;
       if (p.x.stride[2] == 1) {
@@ -197,15 +201,16 @@ struct Project {
   }
 };
 
-constexpr int kGroup = DELTAMEM_VECTOR_BYTES / 4;
+// Tokens of a group in float32; in double precision a group has half as many.
+constexpr int kProjectionGroup = DELTAMEM_VECTOR_BYTES / 4;
 
-inline void project(const Projection& p, int64_t begin, int64_t end) {
+inline void project(const ProjectionArgs& p, int64_t begin, int64_t end) {
   constexpr int kBytes = DELTAMEM_VECTOR_BYTES;
-  if (p.double_precision) return Project<double, kBytes / 8>::groups<double>(p, 2 * begin, 2 * end);
-  switch (p.qkv_weight.dtype) {
-    case DType::bf16: return Project<float, kBytes / 4>::groups<BFloat16>(p, begin, end);
-    case DType::f16: return Project<float, kBytes / 4>::groups<Half>(p, begin, end);
-    default: return Project<float, kBytes / 4>::groups<float>(p, begin, end);
+  if (p.double_precision) return Project<double, kBytes / 8>::run<double>(p, 2 * begin, 2 * end);
+  switch (p.qkv_weight[0].dtype) {
+    case DType::bf16: return Project<float, kBytes / 4>::run<BFloat16>(p, begin, end);
+    case DType::f16: return Project<float, kBytes / 4>::run<Half>(p, begin, end);
+    default: return Project<float, kBytes / 4>::run<float>(p, begin, end);
   }
 }
 

@@ -1,5 +1,5 @@
-// delta_step on a CPU: a few tokens for each of many rows, on states that stay where they are in a pool. What
-// delta_update stages for a chunk of one sequence's tokens is staged here for a group of rows, a token or more of each.
+// delta_step on a CPU: a few tokens for each of many rows, with states in a pool. Where delta_update stages a chunk of
+// one sequence, delta_step stages the tokens of a group of rows.
 #pragma once
 
 #include "scan.h"
@@ -12,13 +12,13 @@ struct StepScan : Scan<T, W, Rank> {
   typedef Scan<T, W, Rank> Base;
   typedef typename Base::L L;
   typedef typename Base::Block Block;
-  typedef Chunk<T, W, Rank, 1> Staged;
+  typedef StagedTokens<T, W, Rank, 1> Staged;
 
-  static void step(const Problem& p, const Step& s, int64_t begin, int64_t end) {
+  static void step(const ScanArgs& p, const StepArgs& s, int64_t begin, int64_t end) {
     const int64_t group = p.T < kChunk ? kChunk / p.T : 1;  // rows
     const int width = Staged::padded(p.R);
     thread_local Arena arena;
-    arena.reset(Staged::bytes(p, group * p.T) + Arena::piece<T>(group * p.T * width) + Arena::piece<T>(p.R * width));
+    arena.reset(Staged::bytes(p, group * p.T) + Arena::bytes<T>(group * p.T * width) + Arena::bytes<T>(p.R * width));
     Staged staged(p, Base::rank(p), arena, group * p.T);
     T* reads = arena.take<T>(group * p.T * width);
     T* S = arena.take<T>(p.R * width);
@@ -36,7 +36,8 @@ struct StepScan : Scan<T, W, Rank> {
     }
   }
 
-  // Token t of all rows is one span: their first dimension is walked as its tokens.
+  // Calls f(operand, span, t) for each token t. The span holds token t of all rows: the rows stand in for the tokens of
+  // a sequence.
   template <class F>
   static void for_each_token(int64_t T_, int64_t first, int64_t rows, int64_t h, const Operand& x, F&& f) {
     const Operand by_row{x.data, x.dtype, {x.stride[1], x.stride[0], x.stride[2], x.stride[3]}};
@@ -56,9 +57,11 @@ struct StepScan : Scan<T, W, Rank> {
     });
   }
 
-  // The usual row: one token, a float32 state that fits a block, never outside of registers.
+  // The usual case: one token and a state of the arithmetic's dtype that is a single block. The state stays in
+  // registers.
   template <Mode mode, bool coupled>
-  DELTAMEM_INLINE static void one_token(const Staged& c, const Step& s, int64_t n, int64_t h, int64_t at, T* reads) {
+  DELTAMEM_INLINE static void one_token(const Staged& c, const StepArgs& s, int64_t n, int64_t h, int64_t at,
+                                        T* reads) {
     T* pool = static_cast<T*>(s.state.data) + h * s.state.stride[1];
     L S[W];
     load_square<W>(pool + s.from[n] * s.state.stride[0], s.state.stride[2], S);
@@ -69,9 +72,9 @@ struct StepScan : Scan<T, W, Rank> {
     if (s.to[n] != kNoSlot) store_square<W>(S, pool + s.to[n] * s.state.stride[0], s.state.stride[2]);
   }
 
-  // The tokens of row n, staged from `at` on.
+  // The tokens of row n, which are staged from index `at` on.
   template <Mode mode, bool coupled>
-  static void row(const Staged& c, const Step& s, int64_t n, int64_t h, int64_t at, T* memory, T* reads) {
+  static void row(const Staged& c, const StepArgs& s, int64_t n, int64_t h, int64_t at, T* memory, T* reads) {
     const int64_t tokens = c.p.T;
     const int width = c.width();
     if (s.from[n] == kNoSlot) {
@@ -82,7 +85,7 @@ struct StepScan : Scan<T, W, Rank> {
     if (intermediate.data) with_dtype(intermediate.dtype, [&](auto tag) {
       intermediate.data = static_cast<decltype(tag)*>(intermediate.data) + n * s.intermediate_row;
     });
-    if (width != c.R) fill(memory, c.R * width, T(0));  // the lanes beyond the rank
+    if (width != c.R) fill(memory, c.R * width, T(0));  // lanes past the last row of the state
     if constexpr (Base::kKnownRank) {
       if (W == c.R && tokens == 1 && s.state.dtype == kDType<T> && s.state.stride[3] == 1 && !intermediate.data)
         return one_token<mode, coupled>(c, s, n, h, at, reads);
@@ -95,7 +98,7 @@ struct StepScan : Scan<T, W, Rank> {
         const L held = dot(*S, c.k.columns(int(at + t)), c.R);
         const auto token = c.template token<mode, coupled>(at + t, i);
         write_token(*S, c.k.columns(int(at + t)), token.keep, change_by(token.erase, held, token.value), c.R);
-        S.put_back(c.R);
+        S.write_back(c.R);
       }
       if (s.to[n * tokens + t] != kNoSlot) store_state<W>(memory, 0, c.R, s.state, s.to[n * tokens + t], h);
       if (s.intermediate.data) store_state<W>(memory, 0, c.R, intermediate, t, h);

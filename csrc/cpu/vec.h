@@ -1,8 +1,9 @@
-// W numbers side by side, on the compiler's own vector types: the lanes of delta_rule.h on a CPU.
+// SIMD vectors of W values, on the vector extensions of GCC and Clang. They are the lanes of core/delta_rule.h on a
+// CPU.
 #pragma once
 
-#include "../delta_rule.h"
-#include "headers.h"
+#include "../core/delta_rule.h"
+#include "system_headers.h"
 
 namespace deltamem {
 inline namespace DELTAMEM_ISA {
@@ -34,9 +35,9 @@ DELTAMEM_INLINE Vec<T, W> operator*(Vec<T, W> a, Vec<T, W> b) {
   return {a.x * b.x};
 }
 
-// Contraction is off (-ffp-contract=off), so that a sequence gets the same bits whatever runs beside it: every fused
-// multiply-add is one written here. Where the hardware has none, it is a product and a sum. (The compiler's own macros
-// do not tell what `#pragma GCC target` switched on.)
+// Contraction is off (-ffp-contract=off): only calls of fma are fused, so that a sequence gets the same bits in every
+// batch and in every variant of the scan. Without hardware support fma is a product and a sum. DELTAMEM_VECTOR_BYTES
+// selects the instructions because the compiler's own macros do not reflect `#pragma GCC target`.
 template <class T, int W>
 DELTAMEM_INLINE Vec<T, W> fma(Vec<T, W> a, Vec<T, W> b, Vec<T, W> c) {
   if constexpr (false) {
@@ -70,7 +71,7 @@ DELTAMEM_INLINE Vec<T, W> fnma(Vec<T, W> a, Vec<T, W> b, Vec<T, W> c) {
   return fma(Vec<T, W>{-a.x}, b, c);
 }
 
-// Two vectors as one, `low` first. Only where vectors are wide enough to hold several heads.
+// Joins two vectors, `low` first. Used only where a vector has room for several heads.
 template <class T, int W>
 DELTAMEM_INLINE Vec<T, 2 * W> join(Vec<T, W> low, Vec<T, W> high) {
   Vec<T, 2 * W> both{};
@@ -85,7 +86,7 @@ DELTAMEM_INLINE Vec<T, 2 * W> join(Vec<T, W> low, Vec<T, W> high) {
   return both;
 }
 
-// W / P numbers from each of P places, side by side.
+// Loads W / P values from each of P pointers into one vector.
 template <int W, int P, class T>
 DELTAMEM_INLINE Vec<T, W> load_pieces(const T* const* from, ptrdiff_t offset) {
   if constexpr (P == 1)
@@ -94,15 +95,16 @@ DELTAMEM_INLINE Vec<T, W> load_pieces(const T* const* from, ptrdiff_t offset) {
     return join(load_pieces<W / 2, P / 2>(from, offset), load_pieces<W / 2, P / 2>(from + P / 2, offset));
 }
 
-// Columns of a token's query or key: number j is the same for every row. With P heads side by side in a vector, each
-// has a row of its own there, R = W / P numbers, and column j is the j-th of each, R times over.
+// A token's query or key: [j] is a vector with column j in every lane. If the vector holds P heads, `row` has the R = W
+// / P columns of each, and [j] repeats column j of each head R times.
 template <class T, int W, int P>
 struct Broadcast {
   Vec<T, W> row;
   DELTAMEM_INLINE Vec<T, W> operator[](int j) const {
 #if defined(__x86_64__) && DELTAMEM_VECTOR_BYTES >= 32
     if constexpr (W * sizeof(T) == 32) {
-      const __m256i first = _mm256_andnot_si256(_mm256_set1_epi32(W / P - 1), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+      const __m256i all = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      const __m256i first = _mm256_andnot_si256(_mm256_set1_epi32(W / P - 1), all);
       return {typename Vec<T, W>::Native(
           _mm256_permutevar8x32_ps(__m256(row.x), _mm256_add_epi32(first, _mm256_set1_epi32(j))))};
     }
@@ -124,7 +126,7 @@ struct Broadcast<T, W, 1> {
   DELTAMEM_INLINE Vec<T, W> operator[](int j) const { return Vec<T, W>::splat(p[j]); }
 };
 
-// Numbers Index of a (from 0) and b (from W).
+// Picks lanes by index: 0 to W - 1 are those of a, W to 2 W - 1 those of b.
 template <int... Index, class T, int W>
 DELTAMEM_INLINE Vec<T, W> shuffle(Vec<T, W> a, Vec<T, W> b) {
 #ifdef __clang__
@@ -136,8 +138,8 @@ DELTAMEM_INLINE Vec<T, W> shuffle(Vec<T, W> a, Vec<T, W> b) {
 #endif
 }
 
-// From a and b, two vectors of the same length, every other group of Unit numbers (the first, third ... with Odd = 0)
-// of each Block, those of a before those of b.
+// Within each Block of lanes, takes every other group of Unit values from a, then from b: the first, third, ... group
+// if Odd is 0, otherwise the second, fourth, ...
 template <int Unit, int Block, int Odd, class T, int W, int... I>
 DELTAMEM_INLINE Vec<T, W> every_other(Vec<T, W> a, Vec<T, W> b, std::integer_sequence<int, I...>) {
   constexpr auto source = [](int i) {
@@ -153,9 +155,9 @@ DELTAMEM_INLINE Vec<T, W> add_neighbours(Vec<T, W> a, Vec<T, W> b) {
   return every_other<Unit, Block, 0>(a, b, all) + every_other<Unit, Block, 1>(a, b, all);
 }
 
-// Sums over the rows of a head, Group lanes: number j of a group in the result is the sum of that group in v[j], Group
-// vectors in all. A tree of additions between neighbours, first inside 128 bits, where shuffles are cheap, then between
-// those; the order is the same however many heads are in the vector.
+// Sums over the lanes of a head. v has Group vectors; in each group of Group lanes, lane j of the result is the sum of
+// that group in v[j]. Neighbours are added in a tree, first within 128 bits, where shuffles are cheap. The order of the
+// additions does not depend on the number of heads in the vector.
 template <int Group, class T, int W>
 DELTAMEM_INLINE Vec<T, W> sum_lanes(Vec<T, W>* v) {
   constexpr int near = 16 / sizeof(T) < Group ? 16 / sizeof(T) : Group;
@@ -171,8 +173,8 @@ DELTAMEM_INLINE Vec<T, W> sum_lanes(Vec<T, W>* v) {
   return v[0];
 }
 
-// In each Block of numbers, the groups of Unit numbers of a and b in turn, from the first half of the block or from the
-// second.
+// Within each Block of lanes, alternates groups of Unit values of a and b, taken from the first or Second half of the
+// block.
 template <int Unit, int Block, bool Second, class T, int W, int... I>
 DELTAMEM_INLINE Vec<T, W> interleave(Vec<T, W> a, Vec<T, W> b, std::integer_sequence<int, I...>) {
   constexpr auto source = [](int i) {
@@ -182,7 +184,7 @@ DELTAMEM_INLINE Vec<T, W> interleave(Vec<T, W> a, Vec<T, W> b, std::integer_sequ
   return shuffle<source(I)...>(a, b);
 }
 
-// v[i * Step] for i < N, as a matrix with groups of Unit numbers in Blocks, transposed.
+// Transposes the vectors v[i * Step], i < N, within each Block of lanes, as a matrix of groups of Unit values.
 template <int N, int Step, int Unit, int Block, class T, int W>
 DELTAMEM_INLINE void transpose_groups(Vec<T, W>* v) {
   const std::make_integer_sequence<int, W> all;
@@ -199,7 +201,7 @@ DELTAMEM_INLINE void transpose_groups(Vec<T, W>* v) {
   }
 }
 
-// W vectors of W numbers, rows to columns: first squares inside 128 bits, where shuffles are cheap, then the squares.
+// Transposes W vectors of W values: first within squares of 128 bits, where shuffles are cheap, then the squares.
 template <class T, int W>
 DELTAMEM_INLINE void transpose(Vec<T, W>* v) {
   constexpr int near = 16 / sizeof(T);

@@ -1,18 +1,18 @@
-// The correction of a projection's output, and what an attention layer does to a query or key next; the formulas are at
-// the top of backends/reference_correction.py.
-#include "corrected_rows.h"
+// attention_correction forward, with the norm and rotary embedding of an attention layer in its fused form. The
+// formulas are in backends/reference_correction.py.
+#include "correction_common.h"
 
 namespace deltamem {
 
 template <class T>
 __global__ void __launch_bounds__(kCorrectWarps* kWarp, 1)
-    correct_kernel(const __grid_constant__ Correction c, int64_t columns) {
+    correct_kernel(const __grid_constant__ CorrectionArgs c, int64_t columns) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const CorrectedRows<T> rows(c, int64_t(blockIdx.x) * kCorrectRows);
   for (int64_t begin = warp * columns; begin < c.D; begin += warps * columns) {
     const int64_t end = begin + columns < c.D ? begin + columns : c.D;
     T inverse[kCorrectRows];
-    // In place the lanes write what others of the warp have read: they have, once their sums have met.
+    // In place, lanes overwrite values that other lanes of the warp need for the norm. The sum over lanes is a barrier.
     if (c.norm_weight.data) {
       T squares[kCorrectRows] = {};
       for (int64_t d = begin + lane; d < end; d += kWarp) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kCorrectWarps* kWarp, 1)
     auto column = [&](int64_t d, T* y) {
       rows.column(d, y);
       if (!c.norm_weight.data) return;
-      const T weight = load<T>(c.norm_weight, (d - begin) * c.norm_weight.stride[3], Any{});
+      const T weight = load<T>(c.norm_weight, (d - begin) * c.norm_weight.stride[3], AnyDtype{});
       DELTAMEM_UNROLL
       for (int m = 0; m < kCorrectRows; ++m) y[m] = y[m] * inverse[m] * weight;
     };
@@ -37,10 +37,10 @@ __global__ void __launch_bounds__(kCorrectWarps* kWarp, 1)
         column(begin + i, first), column(begin + half + i, second);
         DELTAMEM_UNROLL
         for (int m = 0; m < kCorrectRows; ++m) {
-          const T of_first = first[m] * rows.number(c.cos, m, i);
-          const T of_second = second[m] * rows.number(c.cos, m, half + i);
-          rows.put(fnma(second[m], rows.number(c.sin, m, i), of_first), m, begin + i);
-          rows.put(fma(first[m], rows.number(c.sin, m, half + i), of_second), m, begin + half + i);
+          const T of_first = first[m] * rows.value(c.cos, m, i);
+          const T of_second = second[m] * rows.value(c.cos, m, half + i);
+          rows.store_out(fnma(second[m], rows.value(c.sin, m, i), of_first), m, begin + i);
+          rows.store_out(fma(first[m], rows.value(c.sin, m, half + i), of_second), m, begin + half + i);
         }
       }
     } else {
@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kCorrectWarps* kWarp, 1)
         T y[kCorrectRows];
         column(d, y);
         DELTAMEM_UNROLL
-        for (int m = 0; m < kCorrectRows; ++m) rows.put(c.head_dim ? y[m] : rows.number(c.base, m, d) + y[m], m, d);
+        for (int m = 0; m < kCorrectRows; ++m)
+          rows.store_out(c.head_dim ? y[m] : rows.value(c.base, m, d) + y[m], m, d);
       }
     }
   }
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kCorrectWarps* kWarp, 1)
 
 namespace cuda {
 
-int correct(const Correction& c, Stream stream) {
+int correct(const CorrectionArgs& c, Stream stream) {
   if (c.D == 0) return 0;
   const int64_t columns = segment_columns(c), blocks = (c.B * c.T + kCorrectRows - 1) / kCorrectRows;
   const int threads = correct_threads(c);

@@ -1,12 +1,14 @@
-// delta_step: a few tokens for each of many rows, on states that stay where they are in a pool.
-#include "plan.h"
+// delta_step: a few tokens for each of many rows, with states in a pool.
+#include "launch_plan.h"
 
 namespace deltamem {
 
-DELTAMEM_DEVICE bool in_pool(const PoolStep& s, int64_t slot) { return slot >= 0 && slot < s.slots && slot != s.pad; }
+DELTAMEM_DEVICE bool in_pool(const PoolStepArgs& s, int64_t slot) {
+  return slot >= 0 && slot < s.slots && slot != s.pad;
+}
 
-// The slot that row n starts from, or kNoSlot.
-DELTAMEM_DEVICE int64_t start_slot(const PoolStep& s, int64_t n, int64_t T) {
+// The slot that row n starts from, or kNoSlot, with which the row reads zeros and writes nothing.
+DELTAMEM_DEVICE int64_t start_slot(const PoolStepArgs& s, int64_t n, int64_t T) {
   if (!s.indices.data) return n;
   int64_t slot = s.indices.at(n);
   if (!in_pool(s, slot)) return kNoSlot;
@@ -20,10 +22,10 @@ DELTAMEM_DEVICE int64_t start_slot(const PoolStep& s, int64_t n, int64_t T) {
 
 template <class T, int R>
 __global__ void __launch_bounds__(Shape<T, R>::scanners, 1)
-    step_kernel(const __grid_constant__ Problem p, const __grid_constant__ PoolStep s,
+    step_kernel(const __grid_constant__ ScanArgs p, const __grid_constant__ PoolStepArgs s,
                 const __grid_constant__ Plan plan) {
   typedef Shape<T, R> Block;
-  constexpr int numbers = Block::numbers, reads = kForwardPieces;
+  constexpr int numbers = Block::numbers, reads = kForwardParts;
   const int lanes = plan.heads * R, tile_tokens = numbers / lanes < kChunk ? numbers / lanes : kChunk;
   const int thread = threadIdx.x, lane = thread % lanes, head = lane / R * R;
   const int columns = columns_of<T, R, 64>(p);
@@ -63,7 +65,7 @@ __global__ void __launch_bounds__(Shape<T, R>::scanners, 1)
         }
       }
       __syncthreads();
-      for (int t = thread / lanes; at.counts && t < tokens; t += Block::scanners / lanes)
+      for (int t = thread / lanes; at.valid && t < tokens; t += Block::scanners / lanes)
         store(tile[reads * numbers + t * lanes + lane], s.reads, offset(s.reads, n, first + t, at.head, at.row));
     }
     if (s.last && stores && start != kNoSlot && p.T > 0) store_state(p, S, s.state, start, at, columns);
@@ -73,13 +75,13 @@ __global__ void __launch_bounds__(Shape<T, R>::scanners, 1)
 
 namespace cuda {
 
-int step(const Problem& p, const PoolStep& s, Stream stream) {
+int step(const ScanArgs& p, const PoolStepArgs& s, Stream stream) {
   return with_rank(p, [&](auto number, auto rank) {
     typedef decltype(number) T;
     constexpr int R = rank();
     typedef Shape<T, R> Block;
     const Plan plan = plan_for(p, heads_in_block(p.H, R), kNever);
-    const size_t shared = (kForwardPieces + 1) * Block::numbers * sizeof(T);
+    const size_t shared = (kForwardParts + 1) * Block::numbers * sizeof(T);
     return launch(step_kernel<T, R>, p.T ? plan.tasks : 0, Block::scanners, shared, stream, p, s, plan);
   });
 }

@@ -12,11 +12,11 @@ import sysconfig
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-SOURCES = ("library.cpp", "cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp")
+SOURCES = ("bindings/library.cpp", "cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp")
 CUDA_SOURCES = (
-    *("cuda/bindings.cpp", "cuda/bindings_layer.cpp"),
-    *("cuda/forward.cu", "cuda/backward.cu", "cuda/step.cu", "cuda/chunked.cu"),
-    *("cuda/projection.cu", "cuda/correction.cu", "cuda/correction_adjoint.cu"),
+    *("bindings/cuda.cpp", "bindings/cuda_layer.cpp"),
+    *("cuda/scan_forward.cu", "cuda/scan_backward.cu", "cuda/chunk_scan.cu", "cuda/step.cu"),
+    *("cuda/projection.cu", "cuda/correction.cu", "cuda/correction_backward.cu"),
 )
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 

@@ -103,7 +103,7 @@ def _missing(kind: str) -> str | None:
 
 
 def fingerprint(operands: tuple) -> bytes | None:
-    """What a call looks like, see csrc/fingerprint.cpp, which takes this one's place once the library is in use."""
+    """None: the library's own (csrc/bindings/fingerprint.cpp) takes this one's place once it is in use."""
     return None
 
 
