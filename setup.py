@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import setup
 
 spec = importlib.util.spec_from_file_location(
-    "build_recipe", Path(__file__).parent / "deltamem_kernels/backends/build.py"
+    "build_recipe", Path(__file__).parent / "deltamem_kernels/backends/native/build.py"
 )
 recipe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipe)

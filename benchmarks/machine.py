@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from deltamem_kernels.backends import build
+from deltamem_kernels.backends.native import build
 
 ROOT = Path(__file__).resolve().parent.parent
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:/[^/\s'\":,()]+)+/([^/\s'\":,()]+)")

@@ -25,7 +25,7 @@ from . import (
     memory_projection,
     segment_mean,
 )
-from .backends import extension
+from .backends.native import library
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 """Maximum relative error against float64. Rounding to bfloat16's 8 bits alone costs about 2e-3 on average."""
@@ -46,7 +46,7 @@ def main() -> int:
             print(f"  {name:<10} FAILED: {type(error).__name__}: {error}")
             failed = True
             continue
-        note = f", {extension.library().isa()}" if name == "cpu" else ""
+        note = f", {library.load('cpu').isa()}" if name == "cpu" else ""
         verdict = "WRONG" if mismatches else "right"
         print(f"  {name:<10} {verdict} ({cases} cases, float32 error at most {worst:.1e}{note})")
         for mismatch in mismatches:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops._checks import FLOATS, MAX_RANK, fail
-from .ops.delta_update import run
+from .operands import ScanOperands
+from .operands.checks import FLOATS, MAX_RANK, fail
+from .ops.delta_update import run_scan
 
 __all__ = ["TritonScanSupport", "triton_affine_scan", "triton_scan_support"]
 
@@ -95,9 +96,9 @@ def triton_affine_scan(
         fail(TypeError, "token_mask", "a tensor [batch, seq]", token_mask)
     if token_mask is not None and token_mask.shape != q.shape[:2]:
         raise ValueError(f"token_mask must be [batch, seq] = {list(q.shape[:2])}, got {list(token_mask.shape)}")
-    operands = [q.to(torch.promote_types(q.dtype, v.dtype)), k, v, erase, keep, write]
     mask = None if token_mask is None else token_mask.to(device=state.device, dtype=torch.bool)
-    reads, final_state = run(
-        *(x.unsqueeze(2) for x in operands), state.unsqueeze(1), mask, None, mode="affine", backend=None
-    )
+    q_, k_, v_, keep_, erase_, write_ = (x.unsqueeze(2) for x in (q, k, v, keep, erase, write))
+    q_ = q_.to(torch.promote_types(q.dtype, v.dtype))
+    operands = ScanOperands(q_, k_, v_, erase_, keep_, write_, state.unsqueeze(1), mask, None, "affine")
+    reads, final_state = run_scan(operands)
     return final_state.squeeze(1).to(state.dtype), reads.squeeze(2).to(v.dtype)

@@ -1,6 +1,5 @@
-"""Every test that takes `implementation` runs on each backend that this machine has; where there is no GPU, Triton's
-kernels in its interpreter, and CUDA's played on threads. Inputs are random and fresh on every run; `--seed` repeats
-one."""
+"""Every test that takes `implementation` runs on each backend of this machine. Without a GPU, Triton's kernels run in
+its interpreter, and the CUDA kernels run on threads. Inputs are random, new on every run; `--seed` repeats a run."""
 
 from __future__ import annotations
 
@@ -20,8 +19,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are loaded
 
-from deltamem_kernels.backends import build, extension
-from deltamem_kernels.backends.scan import force_scan
+from deltamem_kernels.backends.native import build, library
+from deltamem_kernels.backends.scan_choice import force_scan
+from deltamem_kernels.testing import ROUNDING
 
 CUDA = torch.cuda.is_available()
 pytest_plugins = ("processes",)
@@ -35,16 +35,23 @@ class Implementation:
     backend: str
     device: str = "cpu"
     isa: str | None = None
-    slow: bool = False  # interpreted, or played on threads: a token costs milliseconds
-    chunked: bool = False  # every scan in chunks side by side
+    slow: bool = False
+    """Interpreted, or run on threads: a token takes milliseconds."""
+    chunked: bool = False
+    """Every scan runs in parallel chunks."""
     chunk: int = 64
 
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def rounding(self) -> dict[torch.dtype, float]:
+        """The error of rounding once, in last bits. Triton's interpreter truncates bfloat16, where GPUs round."""
+        return ROUNDING | ({torch.bfloat16: 1.0} if self.backend == "triton" and self.slow else {})
+
 
 def implementations() -> list[Implementation]:
-    cpu = [Implementation(f"cpu-{isa}", "cpu", isa=isa) for isa in extension.library().isas()]
+    cpu = [Implementation(f"cpu-{isa}", "cpu", isa=isa) for isa in library.load("cpu").isas()]
     triton = (
         Implementation("triton", "triton", "cuda")
         if CUDA
@@ -65,35 +72,26 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"random inputs: --seed {config.getoption('--seed')}", f"CUDA compiler: {nvcc}"]
 
 
-SCANNING = (
-    "test_parity",
-    "test_autograd",
-    "test_same_bits",
-    "test_resources",
-    "test_reference",
-)  # where it makes a difference how a scan runs
-LAYER = tuple(
-    f"test_{x}"
-    for x in ("attention_correction", "correction_norm_rope", "memory_projection", "memory_layer", "segment_mean")
-)
-OF_A_VECTOR = ("width", "length", "gate", "dtype", "16_bit", "head", "rank", "nan", "parity")
-"""In the names of the layer's tests: what may depend on how many numbers a vector has runs on each instruction set."""
 LONGEST = ("test_cuda.py", "test_triton_compile.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first: each is one process' work (pytest-xdist's loadfile)."""
+    """Run the files that take longest first: each is the work of one process (pytest-xdist's loadfile)."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "implementation" in metafunc.fixturenames:
-        scans = metafunc.module.__name__ in SCANNING
-        chosen = [x for x in implementations() if scans or not x.chunked]
-        if metafunc.module.__name__ in LAYER and not any(x in metafunc.function.__name__ for x in OF_A_VECTOR):
-            widest = extension.library().isas()[0]
-            chosen = [x for x in chosen if x.isa in (None, widest)]
-        metafunc.parametrize("implementation", chosen, ids=str, indirect=True)
+    """Choose the implementations of a test by its markers. Without `quick`, the slow ones make a slow test."""
+    if "implementation" not in metafunc.fixturenames:
+        return
+    marked = metafunc.definition.get_closest_marker
+    chosen = [x for x in implementations() if marked("each_scan") or not x.chunked]
+    if marked("one_isa") and not marked("each_isa"):
+        widest = library.load("cpu").isas()[0]
+        chosen = [x for x in chosen if x.isa in (None, widest)]
+    slow = () if marked("quick") else pytest.mark.slow
+    parameters = [pytest.param(x, marks=slow if x.slow else ()) for x in chosen]
+    metafunc.parametrize("implementation", parameters, ids=str, indirect=True)
 
 
 @pytest.fixture
@@ -101,9 +99,9 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     chosen = request.param
     with contextlib.ExitStack() as stack:
         if chosen.isa is not None:
-            library = extension.library()
-            stack.callback(library.use_isa, library.isa())
-            library.use_isa(chosen.isa)
+            kernels = library.load("cpu")
+            stack.callback(kernels.use_isa, kernels.isa())
+            kernels.use_isa(chosen.isa)
         if chosen.name == "cuda-host":
             stack.enter_context(cuda_host.installed())
         if chosen.chunked:
@@ -115,17 +113,28 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
 
 @contextlib.contextmanager
 def small_chunks(tokens: int = 4, group: int = 2, programs: int = 3) -> Iterator[None]:
-    """Chunks of few tokens, so that short sequences have many and more than one group, and backward's programs have
-    several turns."""
-    from deltamem_kernels.backends.triton import chunked, delta_update, launch
-    from deltamem_kernels.ops import delta_update as operator
+    """Shorten the chunks of the Triton kernels, so that short sequences have several groups of chunks, and backward's
+    programs take several turns."""
+    from deltamem_kernels.backends.triton.scan import sizes
+    from deltamem_kernels.operands import scan
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (operator, delta_update, launch):
-            patch.setattr(module, "CHECKPOINT_INTERVAL", tokens)
-        patch.setattr(chunked, "GROUP", group)
-        patch.setattr(delta_update, "HISTORY_BYTES", programs * tokens * 8 * 8 * 4)
+        patch.setattr(scan, "CHECKPOINT_INTERVAL", tokens)
+        patch.setattr(sizes, "CHUNK", tokens)
+        patch.setattr(sizes, "GROUP", group)
+        patch.setattr(sizes, "HISTORY_BYTES", programs * tokens * 8 * 8 * 4)
         yield
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched."""
+    from deltamem_kernels.backends.triton import launch
+
+    seen: list[str] = []
+    start = launch.start
+    monkeypatch.setattr(launch, "start", lambda each: (seen.append(each.kernel.fn.__name__), start(each)))
+    return seen
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,10 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from deltamem_kernels.backends import build, cuda, extension
-from deltamem_kernels.backends.scan import force_scan
+from deltamem_kernels.backends import select
+from deltamem_kernels.backends.native import CudaBackend, build
+from deltamem_kernels.backends.native import library as libraries
+from deltamem_kernels.backends.scan_choice import force_scan
 
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-DDELTAMEM_CUDA_HOST", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
@@ -30,7 +32,7 @@ def library() -> ModuleType:
     """Compiled once for these sources and this torch, about half a minute of two cores."""
     digest = hashlib.sha256(repr((build.library_name("cuda"), FLAGS)).encode()).hexdigest()[:12]
     name = f"_cuda_host_{digest}"
-    path = extension._cached(name)
+    path = libraries.cached(name)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -54,12 +56,18 @@ def wrapped(folder: Path) -> list[str]:
     return files
 
 
+class EmulatedCudaBackend(CudaBackend):
+    """The backend "cuda" with the kernels that run on threads."""
+
+    @property
+    def kernels(self) -> ModuleType:
+        return library()
+
+
 @contextlib.contextmanager
 def installed(chunked: bool | None = None) -> Iterator[None]:
-    """As the backend "cuda" of CPU tensors. chunked: whether scans run in chunks; None for the usual choice."""
-    package = importlib.import_module("deltamem_kernels.backends")
-    key = ("cuda", torch.device("cpu"))
+    """Use the emulation as the backend "cuda" of CPU tensors. chunked: whether scans run in chunks; None for the usual
+    choice."""
     with contextlib.nullcontext() if chunked is None else force_scan(chunked), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_kernels", library)
-        patch.setitem(package._chosen, key, cuda)
+        patch.setitem(select._chosen, ("cuda", torch.device("cpu")), EmulatedCudaBackend())
         yield

@@ -18,7 +18,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from deltamem_kernels.integrations.transformers import attach_memory, memory_layers
+from deltamem_kernels.integrations.transformers import attach_memory, get_memory, memory_layers
 from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
 from deltamem_kernels.nn import DeltaMemConfig
 
@@ -53,7 +53,7 @@ def backbone(kind: str = "llama", attention: str = "sdpa", **more):
 
 
 def remembering(kind: str = "llama", attention: str = "sdpa", backbone_fields=None, **fields):
-    """A model whose memory is random and has a say in the logits."""
+    """Return a model with a random memory that changes the logits."""
     model = backbone(kind, attention, **(backbone_fields or {}))
     attach_memory(model, DeltaMemConfig(**fields))
     with torch.no_grad():
@@ -76,9 +76,16 @@ def logits(model, ids, *, cache=None, **more):
     return model(input_ids=ids, **more).logits
 
 
+def states_of(cache) -> dict[int, torch.Tensor]:
+    """Return the states of a cache. There must be some: a loop over none compares nothing."""
+    states = get_memory(cache)
+    assert states, "the cache has no states"
+    return states
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small lose more to threads than they gain. Tests that import it have it."""
+    """Models this small are slower with threads. A module that imports this fixture uses it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,5 +1,5 @@
-"""Fixtures for what has to run in a process of its own: the package in a folder without a library, and a stand-in of a
-few lines in place of csrc/, which is compiled in a moment."""
+"""Fixtures for tests that need a process of their own: the package in a folder without a library, and a stand-in for
+csrc/ that compiles in a moment."""
 
 from __future__ import annotations
 
@@ -13,35 +13,42 @@ import pytest
 import torch
 
 import deltamem_kernels
-from deltamem_kernels.backends import build
+from deltamem_kernels.backends.eager import FUNCTIONS
+from deltamem_kernels.backends.native import build
 
 STAND_IN = r"""
 #include <Python.h>
 #define JOINED(a, b) a##b
 #define INIT(name) JOINED(PyInit_, name)
 static PyObject* answer(PyObject*, PyObject*) { return PyLong_FromLong(ANSWER); }
-static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {"fingerprint", answer, METH_NOARGS, ""}, {}};
+static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, EAGER {}};
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "stand_in", "", -1, methods};
 PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)(void) { return PyModule_Create(&module); }
 """
 
+EAGER = "".join(f'{{"eager_{name}", answer, METH_NOARGS, ""}}, ' for name in FUNCTIONS)
+
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory) -> Path:
-    """The package and its sources as they come from the repository, without a library."""
+    """The package and its sources as in the repository, without a library."""
     return copy_package(tmp_path_factory.mktemp("checkout"), build.source_root())
 
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory) -> Path:
-    """The package with a few lines in place of the kernels: compiled in a moment. `library().answer()` is 42."""
+    """The package with a few lines in place of the kernels. `library.load("cpu").answer()` is 42."""
     folder = tmp_path_factory.mktemp("stand in")  # spaces in paths, too
     sources = folder / "sources"
     for name in build.SOURCES:
         path = sources / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(STAND_IN.replace("ANSWER", "42") if name == build.SOURCES[0] else "")
+        path.write_text(stand_in_source(42) if name == build.SOURCES[0] else "")
     return copy_package(folder, sources)
+
+
+def stand_in_source(answer: int) -> str:
+    return STAND_IN.replace("ANSWER", str(answer)).replace("EAGER", EAGER)
 
 
 def copy_package(folder: Path, sources: Path) -> Path:
@@ -61,11 +68,11 @@ def stand_in_library(stand_in, tmp_path_factory) -> Path:
     return library
 
 
-ANSWER = "from deltamem_kernels.backends import extension; print(extension.library().answer())"
+ANSWER = "from deltamem_kernels.backends.native import library; print(library.load('cpu').answer())"
 
 
 def start_python(program: str, root: Path, cache: Path, **environment: str) -> subprocess.Popen:
-    """A new interpreter that sees the package at root and keeps what it compiles in cache."""
+    """Start a new interpreter that sees the package at root and compiles into cache."""
     inherited = {n: v for n, v in os.environ.items() if not n.startswith(("DELTAMEM_", "TRITON_", "PYTHON"))}
     return subprocess.Popen(
         [sys.executable, "-c", program],
@@ -79,7 +86,7 @@ def start_python(program: str, root: Path, cache: Path, **environment: str) -> s
 
 
 def run_python(program: str, root: Path, cache: Path, **environment: str) -> tuple[str, str]:
-    """What it wrote to stdout and stderr."""
+    """Return what the program wrote to stdout and stderr."""
     return finished(start_python(program, root, cache, **environment))
 
 
@@ -90,7 +97,7 @@ def finished(process: subprocess.Popen) -> tuple[str, str]:
 
 
 def libraries(cache: Path) -> list[Path]:
-    """The files of the cache: all of them must be libraries, whole and under their final names."""
+    """Return the files of the cache. All of them must be libraries under their final names."""
     files = [x for x in cache.rglob("*") if not x.is_dir()]
     assert all(x.suffix == ".so" and x.parent == cache / "deltamem_kernels" for x in files), files
     assert [x for x in cache.rglob("*") if x.is_dir()] in ([], [cache / "deltamem_kernels"])

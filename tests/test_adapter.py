@@ -1,4 +1,4 @@
-"""Adapters and states on disk: they come back as they were, and a file that is damaged or foreign changes nothing."""
+"""Adapters and states on disk: they are loaded unchanged, and a file that is damaged or of another kind raises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from models import CLOSE, backbone, logits, remembering, tokens
-from problems import error
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import DynamicCache
@@ -28,6 +27,7 @@ from deltamem_kernels.integrations.transformers import (
 )
 from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
 from deltamem_kernels.nn import DeltaMemConfig
+from deltamem_kernels.testing import relative_error
 
 FIELDS = [
     {"delta_heads": ("q", "o"), "output_init": "base_slice"},
@@ -37,14 +37,14 @@ WEIGHTS = "delta_mem_adapter.safetensors"
 
 
 def bare(model):
-    """The same backbone without its memory."""
+    """Return a copy of the backbone without its memory."""
     model = copy.deepcopy(model)
     detach_memory(model)
     return model
 
 
 def authors_file(model, folder) -> None:
-    """What the δ-mem authors' code writes: a flat dict of tensors, and the configuration."""
+    """Write the files that the δ-mem authors' code writes: a flat dict of tensors, and the configuration."""
     weights = {
         f"{name}.{n}": p.detach() for name, m in memory_layers(model) for n, p in m.delta_memory.named_parameters()
     }
@@ -54,7 +54,7 @@ def authors_file(model, folder) -> None:
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 @pytest.mark.parametrize("save", [save_adapter, authors_file])
-def test_saved_and_loaded(save, fields, tmp_path):
+def test_a_saved_adapter_gives_the_same_logits(save, fields, tmp_path):
     model, ids = remembering("qwen3", **fields), tokens(2, 11)
     exact = logits(model, ids)
     save(model, tmp_path)
@@ -70,8 +70,8 @@ def test_saved_and_loaded(save, fields, tmp_path):
     assert torch.equal(logits(attached, ids), exact)
 
 
-def test_what_corrects_nothing_stays_zero(tmp_path):
-    """The authors' code keeps weights for every projection, and uses those of delta_heads."""
+def test_weights_of_heads_that_are_not_corrected_stay_zero(tmp_path):
+    """The authors' code saves weights for every projection, but uses only those of delta_heads."""
     model, ids = remembering(delta_heads=("o",)), tokens(1, 7)
     authors_file(model, tmp_path)
     weights = torch.load(tmp_path / "delta_mem_adapter.pt", weights_only=True)
@@ -85,7 +85,7 @@ def test_what_corrects_nothing_stays_zero(tmp_path):
     assert not fresh.model.layers[0].self_attn.delta_memory.delta_q_proj.any()
 
 
-def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
+def test_saving_again_replaces_the_files(tmp_path):
     first, second = remembering(), remembering()
     save_adapter(first, tmp_path)
     save_adapter(second, tmp_path)
@@ -135,7 +135,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("kind", SPOILT)
-def test_a_spoilt_adapter_changes_nothing(kind, attached, tmp_path):
+def test_a_damaged_adapter_raises_and_changes_nothing(kind, attached, tmp_path):
     spoil, kind_of_error, message = SPOILT[kind]
     save_adapter(remembering(), tmp_path)
     spoil(tmp_path)
@@ -154,7 +154,7 @@ def test_a_spoilt_adapter_changes_nothing(kind, attached, tmp_path):
     ],
     ids=str,
 )
-def test_a_foreign_file_of_the_authors_name_changes_nothing(content, message, tmp_path):
+def test_a_file_of_another_kind_raises_and_changes_nothing(content, message, tmp_path):
     DeltaMemConfig().save(tmp_path)
     path = tmp_path / "delta_mem_adapter.pt"
     if isinstance(content, bytes):
@@ -173,13 +173,13 @@ def unchanged(model, folder, kind_of_error, message) -> None:
     assert torch.equal(logits(model, ids), before)
 
 
-def test_an_adapter_of_another_model(tmp_path):
+def test_an_adapter_of_another_model_raises(tmp_path):
     save_adapter(remembering(), tmp_path)
     unchanged(backbone(num_hidden_layers=3), tmp_path, ValueError, "it lacks model.layers.2")
     unchanged(remembering(rank=4), tmp_path, ValueError, "another configuration")
 
 
-def test_a_saved_memory_goes_on_after_a_restart(tmp_path):
+def test_a_saved_memory_continues_after_a_restart(tmp_path):
     model, ids = remembering(), tokens(2, 15)
     cache = DynamicCache(config=model.config)
     logits(model, ids, cache=cache)
@@ -200,8 +200,8 @@ def test_a_saved_memory_goes_on_after_a_restart(tmp_path):
 @pytest.mark.parametrize(
     "prefix", [["_orig_mod"], ["module"], ["module", "_orig_mod"], ["base_model", "model"]], ids=".".join
 )
-def test_what_wraps_a_model_is_not_in_the_file(prefix, tmp_path):
-    """torch.compile, DistributedDataParallel, PEFT: by the names of the modules that they put around it."""
+def test_names_of_wrappers_are_not_in_the_file(prefix, tmp_path):
+    """torch.compile, DistributedDataParallel and PEFT wrap a model in modules of these names."""
     model, ids = remembering(), tokens(1, 5)
     wrapped = model
     for name in reversed(prefix):
@@ -214,8 +214,8 @@ def test_what_wraps_a_model_is_not_in_the_file(prefix, tmp_path):
     load_adapter(wrapped, tmp_path)
 
 
-def test_other_writers_keep_every_weight(tmp_path):
-    """Those of safetensors and accelerate leave out what shares its storage with another tensor."""
+def test_other_serializers_keep_every_weight(tmp_path):
+    """Those of safetensors and accelerate leave out tensors that share their storage with another one."""
     model = remembering()
     save_model(model, tmp_path / "whole.safetensors")
     other = copy.deepcopy(model)
@@ -229,7 +229,7 @@ def test_other_writers_keep_every_weight(tmp_path):
     assert torch.equal(logits(other, ids), logits(model, ids))  # by the weights that are read too
 
 
-def test_no_states_are_no_file(tmp_path):
+def test_saving_no_states_raises(tmp_path):
     path = tmp_path / "memory.safetensors"
     save_memory({0: torch.zeros(1, 1, 8, 8)}, path)
     before = path.read_bytes()
@@ -242,7 +242,7 @@ def test_no_states_are_no_file(tmp_path):
         get_memory(remembering()(input_ids=tokens(1, 3)))
 
 
-def test_a_pickled_cache_goes_on(tmp_path):
+def test_a_pickled_cache_continues(tmp_path):
     model, ids = remembering(), tokens(2, 9)
     cache = DynamicCache(config=model.config)
     logits(model, ids[:, :6], cache=cache)
@@ -251,15 +251,17 @@ def test_a_pickled_cache_goes_on(tmp_path):
     assert type(again) is type(cache)
     assert torch.equal(logits(model, ids[:, 6:], cache=again), logits(model, ids[:, 6:], cache=cache))
     again.crop(-5)
-    assert error(logits(model, ids[:, 4:], cache=again), logits(model, ids)[:, 4:]) <= CLOSE
+    assert relative_error(logits(model, ids[:, 4:], cache=again), logits(model, ids)[:, 4:]) <= CLOSE
 
 
-def test_spoilt_states(tmp_path):
+def test_damaged_states_raise(tmp_path):
     path, kept = tmp_path / "memory", {0: torch.randn(1, 1, 8, 8), 1: torch.randn(1, 1, 8, 8)}
     with pytest.raises(FileNotFoundError):
         load_memory(path)
     save_memory(kept, path)
-    assert all(torch.equal(kept[index], state) for index, state in load_memory(path).items())
+    loaded = load_memory(path)
+    assert loaded.keys() == kept.keys()
+    assert all(torch.equal(kept[index], state) for index, state in loaded.items())
     shorten(tmp_path, "memory")
     with pytest.raises(ValueError, match="memory: not a complete safetensors file"):
         load_memory(path)
@@ -281,7 +283,7 @@ def test_spoilt_states(tmp_path):
     assert get_memory(cache) == {}
 
 
-def test_a_failed_writing_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "memory"
     save_memory({0: torch.ones(1)}, path)
 
@@ -297,7 +299,7 @@ def test_a_failed_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["memory"]
 
 
-def test_a_failed_writing_leaves_the_old_configuration(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_configuration(tmp_path, monkeypatch):
     DeltaMemConfig(rank=4).save(tmp_path)
 
     def half(path, text, encoding):

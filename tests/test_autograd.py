@@ -1,4 +1,4 @@
-"""delta_update under autograd: autocast, shared operands, checkpointing, what cannot be differentiated."""
+"""delta_update under autograd: autocast, shared operands, checkpointing, second derivatives."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import FLOAT32_TOLERANCE, NAMES, assert_close, error, leaves_of, small, weights_of
+from problems import NAMES, leaves_of, small
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deltamem_kernels import delta_update
+from deltamem_kernels.testing import FLOAT32_TOLERANCE, assert_close_in_norm, relative_error
+
+pytestmark = pytest.mark.each_scan
 
 
 @pytest.mark.parametrize("backward_inside", [False, True])
-def test_autocast(implementation, backward_inside):
-    """q, k, v from a linear layer in bfloat16, the gate kept in float32. What autocast does to a matrix product must
-    not happen to the state's arithmetic."""
+def test_autocast_does_not_reach_the_arithmetic_of_the_state(implementation, backward_inside):
+    """q, k and v come from a linear layer in bfloat16, the gate is float32. Autocast must not round the state."""
     T = 4 if implementation.slow else 70
     x = torch.randn(2, T, 16, device=implementation.device)
     projection, gate = (torch.nn.Linear(16, n, device=implementation.device) for n in (24, 8))
@@ -41,16 +43,16 @@ def test_autocast(implementation, backward_inside):
     ours = gradients(lambda *operands: delta_update(*operands, backend=implementation.backend))
     exact = gradients(exactly)
     assert all(torch.isfinite(y).all() for y in ours.values())
-    assert error(ours["final_state"], exact["final_state"]) <= FLOAT32_TOLERANCE
+    assert relative_error(ours["final_state"], exact["final_state"]) <= FLOAT32_TOLERANCE
     # Four roundings to bfloat16 lie on the way to a weight: the reads, their gradient, that of q, k and v, the product.
     # A last bit that falls the other way in one goes through all that follow.
-    assert_close(ours, exact, 4 * torch.finfo(torch.bfloat16).eps)
+    assert_close_in_norm(ours, exact, 4 * torch.finfo(torch.bfloat16).eps)
 
 
-def test_two_calls_that_share_their_operands(implementation):
-    """The gradient is the sum of both calls', whatever the calls do to each other's buffers."""
+def test_gradients_of_two_calls_with_the_same_operands_add_up(implementation):
+    """No call changes the buffers of the other."""
     problem = small(implementation)
-    leaves, weights = leaves_of(problem), weights_of(problem)
+    leaves, weights = leaves_of(problem), problem.cotangents()
     separate = []
     for mode in ("standard", "lambda_outside"):
         out = delta_update(**leaves, mode=mode, backend=implementation.backend)
@@ -63,10 +65,10 @@ def test_two_calls_that_share_their_operands(implementation):
         assert torch.equal(g, one + other), name
 
 
-def test_backward_twice(implementation):
-    """With retain_graph, the same bits: backward changes nothing of what was kept for it."""
+def test_backward_twice_has_the_same_bits(implementation):
+    """With retain_graph: backward does not change what was kept for it."""
     problem = small(implementation)
-    leaves, weights = leaves_of(problem), weights_of(problem)
+    leaves, weights = leaves_of(problem), problem.cotangents()
     out = delta_update(**leaves, backend=implementation.backend)
     grads = [
         torch.autograd.grad(out, list(leaves.values()), list(weights.values()), retain_graph=True) for _ in range(2)
@@ -87,8 +89,8 @@ def test_backward_accumulates_into_grad(implementation):
         assert torch.equal(x.grad, 2 * g), name
 
 
-def test_a_second_derivative_is_refused_in_words(implementation):
-    """Not silently zero."""
+def test_a_second_derivative_raises(implementation):
+    """It is not silently zero."""
     leaves = leaves_of(small(implementation))
     reads, _ = delta_update(**leaves, backend=implementation.backend)
     (g,) = torch.autograd.grad(reads.square().sum(), leaves["v"], create_graph=True)
@@ -96,21 +98,21 @@ def test_a_second_derivative_is_refused_in_words(implementation):
         g.sum().backward()
 
 
-def test_expanded_gradients_of_non_leaves(implementation):
-    """sum() hands back one number with strides of zero; the operands are results of other operators."""
+def test_gradients_with_strides_of_zero_are_exact(implementation):
+    """sum() returns such a gradient. The operands are results of other operators."""
     problem = small(implementation)
     leaves = leaves_of(problem)
     reads, state = delta_update(**{n: x * 1 for n, x in leaves.items()}, backend=implementation.backend)
     (reads.sum() + state.sum()).backward()
     ones = {"reads": torch.ones_like(reads), "final_state": torch.ones_like(state)}
-    plain = problem.forward_backward(implementation.backend, ones)
+    plain = problem.run_with_gradients(implementation.backend, ones)
     for name, x in leaves.items():
         assert torch.equal(x.grad, plain[f"d_{name}"]), name
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(implementation, use_reentrant):
-    """The state goes in and comes out of functions: what is computed again is the same, bit for bit."""
+def test_gradient_checkpointing_has_the_same_bits(implementation, use_reentrant):
+    """The state is an argument and a result, so a recomputed block is the same."""
     problem = small(implementation)
     weight = torch.randn(problem.operands["q"].shape[-1:] * 2, device=implementation.device)
 
@@ -142,8 +144,8 @@ def test_gradient_checkpointing(implementation, use_reentrant):
         assert torch.equal(plain, other), name
 
 
-def test_without_gradients_the_same_bits(implementation):
-    """Three ways into the kernels: with what backward needs, without, and in inference mode."""
+def test_a_call_without_gradients_has_the_same_bits(implementation):
+    """Under no_grad and in inference mode."""
     problem = small(implementation, mask=True)
     leaves = leaves_of(problem)
     recorded = delta_update(**leaves, **problem.options, backend=implementation.backend)

@@ -1,9 +1,8 @@
-"""Which backend runs and why, and what its library is known by."""
+"""The choice of a backend, and the name of its library."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,10 +11,10 @@ import torch
 
 import deltamem_kernels
 from deltamem_kernels import BackendStatus, BackendUnavailableError, delta_update
-from deltamem_kernels.backends import build, choose, extension, reference
+from deltamem_kernels.backends import choose, select
+from deltamem_kernels.backends.native import BuildError, build, library
+from deltamem_kernels.backends.select import BACKENDS
 from deltamem_kernels.compat import triton_affine_scan
-
-package = sys.modules["deltamem_kernels.backends"]  # as an attribute of the package, that name is the public function
 
 CPU = torch.device("cpu")
 NAMES = ("triton", "cuda", "cpu", "reference")
@@ -23,7 +22,7 @@ ON_THIS_GPU = torch.device("cuda") if torch.cuda.is_available() else CPU
 # The choice
 
 
-def test_backends_are_the_four():
+def test_backends_lists_four_with_a_reason_for_each_that_cannot_run():
     found = deltamem_kernels.backends()
     assert tuple(found) == NAMES
     for name, status in found.items():
@@ -43,13 +42,15 @@ def test_cpu_and_reference_run_everywhere():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_status_means_what_it_says(name):
-    """What is said to run, runs; what is not, is refused with the same reason."""
+def test_a_backend_runs_exactly_if_its_status_is_true(name):
+    """A backend that cannot run raises with the reason of its status."""
     device = ON_THIS_GPU if name in ("triton", "cuda") else CPU
     x = torch.rand(1, 2, 1, 4, device=device)
     status = deltamem_kernels.backends()[name]
     if status:
-        assert torch.isfinite(delta_update(x, x, x, x, backend=name).reads).all()
+        reads = delta_update(x, x, x, x, backend=name).reads
+        assert torch.isfinite(reads).all()
+        assert reads[:, 1].all()  # the second token reads what the first one wrote
     else:
         with pytest.raises(BackendUnavailableError) as info:
             delta_update(x, x, x, x, backend=name)
@@ -57,26 +58,26 @@ def test_a_status_means_what_it_says(name):
         assert str(info.value).endswith(status.reason)
 
 
-def test_an_unavailable_backend_is_both_kinds_of_error():
-    """ValueError, as for every argument that does not fit, and RuntimeError, as torch has it for devices."""
+def test_an_unavailable_backend_raises_a_value_error_and_a_runtime_error():
+    """ValueError as for every argument that does not fit, RuntimeError as torch raises for devices."""
     assert issubclass(BackendUnavailableError, ValueError)
     assert issubclass(BackendUnavailableError, RuntimeError)
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """The backends that calls went to, in order."""
+    """The backends that ran, in the order of the calls."""
     seen: list[str] = []
     monkeypatch.delenv("DELTAMEM_BACKEND", raising=False)
-    for name, module in (("cpu", extension), ("reference", reference)):
-        for function in ("delta_update_forward", "delta_update_backward"):
-            original = getattr(module, function)
+    for name in ("cpu", "reference"):
+        for method in ("scan", "scan_backward"):
+            original = getattr(BACKENDS[name], method)
 
             def spy(*operands, name=name, original=original):
                 seen.append(name)
                 return original(*operands)
 
-            monkeypatch.setattr(module, function, spy)
+            monkeypatch.setattr(BACKENDS[name], method, spy)
     return seen
 
 
@@ -86,46 +87,46 @@ def call(backend: str | None = None) -> None:
 
 
 def test_cpu_is_chosen_for_cpu_tensors(calls):
-    assert choose("", CPU) is extension
+    assert choose("", CPU) is BACKENDS["cpu"]
     call()
     assert calls == ["cpu", "cpu"]
 
 
-@pytest.mark.parametrize(("name", "module"), [("cpu", extension), ("reference", reference)])
-def test_a_name_is_obeyed(calls, name, module):
-    assert choose(name, CPU) is module
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_backend_requested_by_name_runs(calls, name):
+    assert choose(name, CPU) is BACKENDS[name]
     call(name)
     assert calls == [name, name]
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_the_environment_sets_the_default(calls, monkeypatch, name):
-    """At each call, not once: also where another backend has been chosen before. An argument overrides it."""
+def test_the_environment_variable_sets_the_default(calls, monkeypatch, name):
+    """It is read at each call, also after another backend was chosen. An argument overrides it."""
     call()
     monkeypatch.setenv("DELTAMEM_BACKEND", name)
     call()
     other = "reference" if name == "cpu" else "cpu"
     call(other)
-    x = torch.rand(1, 2, 4)
+    x = torch.rand(1, 2, 4, requires_grad=True)
     triton_affine_scan(torch.rand(1, 4, 4), x, x, x, x, x, x)
     monkeypatch.setenv("DELTAMEM_BACKEND", "")
     call()
     assert calls == ["cpu", "cpu", name, name, other, other, name, "cpu", "cpu"]
 
 
-def test_reference_for_devices_without_kernels(calls):
+def test_reference_is_chosen_for_devices_without_kernels(calls):
     for device in ("meta", "mps", "xpu"):
-        assert choose("", torch.device(device)) is reference
+        assert choose("", torch.device(device)) is BACKENDS["reference"]
 
 
-def test_a_backend_that_cannot_be_had_is_named_once(calls, monkeypatch):
-    """In a warning, since the next one is slower; and not at every call."""
+def test_an_unavailable_backend_is_warned_of_once(calls, monkeypatch):
+    """There is a warning, because the next backend is slower, but not at every call."""
 
-    def library() -> None:
-        raise extension.BuildError("the compiler is on strike")
+    def load(kind: str) -> None:
+        raise BuildError("the compiler is on strike")
 
-    monkeypatch.setattr(extension, "library", library)
-    monkeypatch.setattr(package, "_chosen", {})
+    monkeypatch.setattr(library, "load", load)
+    monkeypatch.setattr(select, "_chosen", {})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         call()
@@ -141,20 +142,20 @@ def test_a_backend_that_cannot_be_had_is_named_once(calls, monkeypatch):
         call()
 
 
-# What a library is known by
+# The name of a library
 
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch) -> Path:
-    """A copy of csrc/ that may be changed."""
+    """A copy of csrc/ that a test may change."""
     copy = tmp_path / "csrc"
     shutil.copytree(build.source_root(), copy)
     monkeypatch.setattr(build, "source_root", lambda: copy)
     return copy
 
 
-def test_library_name_is_the_same_for_the_same_sources(sources, monkeypatch):
-    """Wherever they lie, and whatever else lies there."""
+def test_the_library_name_is_the_same_for_the_same_sources(sources, monkeypatch):
+    """Neither their place nor other files matter."""
     name = build.library_name()
     (sources / "notes.txt").write_text("no source")
     (sources / "cpu" / "__pycache__").mkdir()
@@ -163,8 +164,8 @@ def test_library_name_is_the_same_for_the_same_sources(sources, monkeypatch):
     assert build.library_name() == name
 
 
-def test_library_name_tells_every_source(sources):
-    """One byte of any file, a file more, a file less, a file elsewhere: never the same name twice."""
+def test_the_library_name_depends_on_every_source(sources):
+    """A changed byte, an added, removed or moved file: each gives another name."""
     files = sorted(x for x in sources.rglob("*") if x.suffix in (".h", ".cpp", ".cu"))
     assert {sources / x for x in (*build.SOURCES, *build.CUDA_SOURCES)} <= set(files)
     names = [build.library_name()]
@@ -183,7 +184,7 @@ def test_library_name_tells_every_source(sources):
     assert len(set(names)) == len(names)
 
 
-def test_library_name_tells_torch_and_flags(monkeypatch):
+def test_the_library_name_depends_on_torch_and_flags(monkeypatch):
     name = build.library_name()
     release = "".join(c if c.isalnum() else "_" for c in torch.__version__)
     assert name.startswith(f"_cpu_torch_{release}_")

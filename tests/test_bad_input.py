@@ -1,4 +1,4 @@
-"""What does not fit is refused before anything runs, in words: the argument, what came, what is wanted."""
+"""An argument that does not fit raises before anything runs. The message names it, what came and what is wanted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batched() -> Call:
 
 
 def one_head() -> Call:
-    """The same without H."""
+    """A good call without H."""
     return {
         name: x if name == "mask" else x[:, 0].clone() if name == "initial_state" else x[:, :, 0].clone()
         for name, x in batched().items()
@@ -49,12 +49,12 @@ def packed() -> Call:
 def bad(
     base: Callable[[], Call], changes: dict[str, Callable[[object], object]], error: type[Exception], *words: str
 ) -> object:
-    """One line of the table: a good call, what is done to its arguments, and what must be said of it."""
+    """One line of the table: a good call, changes of its arguments, and the words that the message must contain."""
     return pytest.param(base, changes, error, words, id="-".join([base.__name__, *changes, *words[1:]]))
 
 
 def put(value: object) -> Callable[[object], object]:
-    """Replaces an argument, whatever it was."""
+    """Replace an argument."""
     return lambda _: value
 
 
@@ -71,7 +71,7 @@ def to(target: object) -> Callable[[object], Tensor]:
 QKV = ("q", "k", "v")
 GATES = ("beta", "decay")
 FLOAT_OPERANDS = (*QKV, *GATES, "initial_state")
-IN_WORDS = {  # what the message must say is wanted
+WANTED = {  # what the message says is wanted
     "q": "[B, T, H, R] or [B, T, R]",
     "k": "of q's shape",
     "v": "of q's shape",
@@ -82,14 +82,14 @@ IN_WORDS = {  # what the message must say is wanted
 DTYPES = "float16, bfloat16, float32 or float64"
 
 CASES = [
-    # what is no tensor
-    *(bad(batched, {n: lambda x: x.tolist()}, TypeError, f"{n} must be a tensor {IN_WORDS[n]}", "got list")
+    # values that are not tensors
+    *(bad(batched, {n: lambda x: x.tolist()}, TypeError, f"{n} must be a tensor {WANTED[n]}", "got list")
       for n in FLOAT_OPERANDS),
-    *(bad(batched, {n: put(0.5)}, TypeError, f"{n} must be a tensor {IN_WORDS[n]}", "got float 0.5")
+    *(bad(batched, {n: put(0.5)}, TypeError, f"{n} must be a tensor {WANTED[n]}", "got float 0.5")
       for n in FLOAT_OPERANDS),
-    *(bad(batched, {n: lambda x: x.numpy()}, TypeError, f"{n} must be a tensor {IN_WORDS[n]}", "got ndarray")
+    *(bad(batched, {n: lambda x: x.numpy()}, TypeError, f"{n} must be a tensor {WANTED[n]}", "got ndarray")
       for n in FLOAT_OPERANDS),
-    *(bad(batched, {n: put(None)}, TypeError, f"{n} must be a tensor {IN_WORDS[n]}", "got NoneType None")
+    *(bad(batched, {n: put(None)}, TypeError, f"{n} must be a tensor {WANTED[n]}", "got NoneType None")
       for n in (*QKV, "beta")),
     bad(batched, {"q": put(7)}, TypeError, "q must be a tensor", "got int 7"),
     bad(batched, {"mask": lambda x: x.tolist()}, TypeError, "mask must be a bool tensor [B, T]", "got list"),
@@ -101,7 +101,7 @@ CASES = [
     bad(packed, {"cu_seqlens": lambda x: x.numpy()}, TypeError, "cu_seqlens must be an int32 or int64 tensor",
         "got ndarray"),
     # dtypes
-    *(bad(batched, {n: to(dtype)}, TypeError, f"{n} must be {DTYPES} {IN_WORDS[n]}", f"got {word} [")
+    *(bad(batched, {n: to(dtype)}, TypeError, f"{n} must be {DTYPES} {WANTED[n]}", f"got {word} [")
       for n in FLOAT_OPERANDS
       for dtype, word in ((torch.int64, "int64"), (torch.bool, "bool"), (torch.complex64, "complex64"))),
     bad(batched, {"q": to(torch.float8_e4m3fn)}, TypeError, f"q must be {DTYPES}", "got float8_e4m3fn [2, 3, 5, 4]"),
@@ -111,7 +111,7 @@ CASES = [
           f"got {word} [4] on cpu")
       for dtype, word in ((torch.float32, "float32"), (torch.int16, "int16"), (torch.bool, "bool"))),
     # layouts: there is no memory to point a kernel at
-    *(bad(batched, {n: lambda x: x.to_sparse()}, TypeError, f"{n} must be a dense tensor {IN_WORDS[n]}",
+    *(bad(batched, {n: lambda x: x.to_sparse()}, TypeError, f"{n} must be a dense tensor {WANTED[n]}",
           "got sparse_coo float32 [2, ")
       for n in FLOAT_OPERANDS),
     bad(batched, {"mask": lambda x: x.to_sparse()}, TypeError, "mask must be a dense tensor [B, T]",
@@ -131,7 +131,7 @@ CASES = [
         "got float32 [2, 3, 129]"),
     bad(batched, {n: sized(B, T, 0, R) for n in QKV}, ValueError, "q must be of at least one head",
         "got float32 [2, 3, 0, 4]"),
-    # the others beside it: every dimension, one too many, one too few
+    # shapes of the other operands: every dimension, one too many, one too few
     *(bad(base, {n: sized(*shape)}, ValueError, f"{n} must be of q's shape = {wanted}", f"got float32 {list(shape)} on")
       for n in ("k", "v")
       for base, wanted, shapes in (
@@ -199,8 +199,8 @@ CASES = [
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(("base", "changes", "error", "words"), CASES)
-def test_delta_update_refuses(base, changes, error, words, gradients):
-    """With gradients a call takes another way to the kernels: the checks stand before both."""
+def test_delta_update_raises_for_arguments_that_do_not_fit(base, changes, error, words, gradients):
+    """With gradients a call takes another way to the kernels. Both are checked."""
     call = base()
     for name, change in changes.items():
         call[name] = change(call.get(name))
@@ -219,8 +219,8 @@ def test_delta_update_refuses(base, changes, error, words, gradients):
     [(1, 2, 3), (-1, 2, 3), (0, 2, 2), (0, 2, 4), (0, 3, 2, 3), (0, -1, 3), (0, 7, 3), (0,), (3, 2, 0)],
     ids=str,
 )
-def test_values_of_cu_seqlens(values, index_dtype, backend, gradients):
-    """On the CPU the values can be had for nothing, and a kernel that believed them would leave its memory."""
+def test_values_of_cu_seqlens_that_do_not_rise_from_0_to_T_raise(values, index_dtype, backend, gradients):
+    """On the CPU looking at them costs nothing, and a kernel that trusted them would read outside of its memory."""
     call = {n: torch.rand(1, T, H, R).requires_grad_(gradients) for n in (*QKV, "beta")}
     call["cu_seqlens"] = torch.tensor(values, dtype=index_dtype)
     words = ("cu_seqlens must rise from 0 to T=3", f"got {list(values)}")
@@ -257,7 +257,7 @@ AFFINE_CASES = [
 
 
 @pytest.mark.parametrize(("base", "changes", "error", "words"), AFFINE_CASES)
-def test_affine_scan_refuses(base, changes, error, words):
+def test_the_affine_scan_raises_for_arguments_that_do_not_fit(base, changes, error, words):
     call = base()
     for name, change in changes.items():
         call[name] = change(call[name])
@@ -273,8 +273,8 @@ def test_affine_scan_refuses(base, changes, error, words):
         ("cuda", BackendUnavailableError, ("DELTAMEM_BACKEND 'cuda' cannot run on cpu:",)),
     ],
 )
-def test_backend_of_the_environment(monkeypatch, name, error, words, gradients):
-    """The message names the variable, not an argument that nobody gave."""
+def test_a_wrong_backend_of_the_environment_is_named_by_its_variable(monkeypatch, name, error, words, gradients):
+    """There is no argument to name."""
     monkeypatch.setenv("DELTAMEM_BACKEND", name)
     call = {n: torch.rand(B, T, H, R).requires_grad_(gradients) for n in (*QKV, "beta")}
     refuses(lambda: delta_update(**call), call, error, words)
@@ -282,22 +282,23 @@ def test_backend_of_the_environment(monkeypatch, name, error, words, gradients):
     refuses(lambda: triton_affine_scan(**call), call, error, words)
 
 
-def test_cpu_of_the_environment_refuses_meta_tensors(monkeypatch):
+def test_the_cpu_backend_of_the_environment_refuses_meta_tensors(monkeypatch):
     monkeypatch.setenv("DELTAMEM_BACKEND", "cpu")
     call = {n: torch.rand(B, T, H, R, device="meta") for n in (*QKV, "beta")}
     refuses(lambda: delta_update(**call), call, BackendUnavailableError, ("DELTAMEM_BACKEND 'cpu' cannot run on meta",))
 
 
 def test_meta_tensors_have_shapes_and_dtypes():
-    """Not refused: they say what a call would return, as everywhere in torch."""
+    """They are not refused: they tell what a call would return, as everywhere in torch."""
     call = {n: torch.rand(B, 64, H, R, device="meta", dtype=torch.bfloat16) for n in (*QKV, "beta")}
     out = delta_update(**call)
     assert (out.reads.shape, out.reads.dtype, out.reads.device.type) == ((B, 64, H, R), torch.bfloat16, "meta")
     assert (out.final_state.shape, out.final_state.dtype) == ((B, H, R, R), torch.float32)
 
 
-def test_triton_refuses_cpu_tensors_without_the_interpreter():
-    """In a process of its own: whether kernels are interpreted is settled when they are loaded."""
+@pytest.mark.slow
+def test_triton_refuses_cpu_tensors_without_its_interpreter():
+    """In a process of its own, because kernels are interpreted or not from when they are loaded."""
     program = (
         "import torch, deltamem_kernels as d\n"
         "x = torch.rand(1, 2, 1, 4)\n"
@@ -314,7 +315,7 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter():
 
 
 def refuses(call: Callable[[], object], arguments: Call, error: type[Exception], words: tuple[str, ...]) -> None:
-    """The call raises just this, saying so, and leaves its arguments as they were."""
+    """Check that the call raises this error with these words, and does not change its arguments."""
     before = {name: snapshot(x) for name, x in arguments.items()}
     with pytest.raises(error) as info:
         call()
@@ -326,7 +327,7 @@ def refuses(call: Callable[[], object], arguments: Call, error: type[Exception],
 
 
 def snapshot(x: object) -> tuple:
-    """Everything of an argument that a call could have changed."""
+    """Return everything of an argument that a call could change."""
     if not isinstance(x, Tensor):
         return (repr(x),)
     values = None if x.device.type == "meta" else x.detach().to_dense().clone() if x.is_sparse else x.detach().clone()

@@ -1,5 +1,5 @@
-"""What memory_projection and attention_correction refuse: by name, with what came and what is wanted, before anything
-runs."""
+"""memory_projection and attention_correction raise for arguments that do not fit, before anything runs. The message
+names the argument, what came and what is wanted."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from correction_problems import NAMES, make
+from correction_problems import NAMES
 from projection_problems import NAMES as OF_A_PROJECTION
-from projection_problems import make as make_projection
 from torch import Tensor
 
 from deltamem_kernels import BackendUnavailableError, attention_correction, memory_projection
+from deltamem_kernels.testing import correction_problem, projection_problem
+
+THREE = (torch.zeros(8, 5), torch.zeros(8, 5), torch.zeros(8, 5))
+"""Good weights of q, k and v."""
 
 # memory_projection
 
@@ -31,6 +34,17 @@ from deltamem_kernels import BackendUnavailableError, attention_correction, memo
         ({"qkv_weight": torch.zeros(24, 6)}, ValueError, ["qkv_weight must be [3·H·R, D] with x's D=5", "[24, 6]"]),
         ({"qkv_weight": torch.zeros(24)}, ValueError, ["qkv_weight must be [3·H·R, D]", "[24]"]),
         ({"qkv_weight": torch.zeros(20, 5)}, ValueError, ["qkv_weight must be [3·H·R, D] with H=2", "[20, 5]"]),
+        ({"qkv_weight": ()}, ValueError, ["one tensor [3·H·R, D] or three [H·R, D]", "got 0 tensors"]),
+        ({"qkv_weight": THREE[:2]}, ValueError, ["one tensor [3·H·R, D] or three [H·R, D]", "got 2 tensors"]),
+        ({"qkv_weight": (*THREE[:2], None)}, TypeError, ["qkv_weight must be a tensor", "three [H·R, D]", "None"]),
+        ({"qkv_weight": (*THREE[:2], [1.0])}, TypeError, ["qkv_weight must be a tensor", "three [H·R, D]", "list"]),
+        ({"qkv_weight": (THREE[0].int(), *THREE[1:])}, TypeError, ["qkv_weight must be float16, bfloat16", "int32"]),
+        ({"qkv_weight": (torch.zeros(8, 6), *THREE[1:])}, ValueError, ["[H·R, D] with x's D=5", "[8, 6]"]),
+        ({"qkv_weight": (torch.zeros(8), *THREE[1:])}, ValueError, ["qkv_weight must be [H·R, D]", "[8]"]),
+        ({"qkv_weight": (torch.zeros(7, 5),) * 3}, ValueError, ["qkv_weight must be [H·R, D] with H=2", "[7, 5]"]),
+        ({"qkv_weight": (*THREE[:2], torch.zeros(6, 5))}, ValueError, ["three tensors of one shape [8, 5]", "[6, 5]"]),
+        ({"qkv_weight": (torch.zeros(24, 5),) * 3}, ValueError, ["beta_weight must be [H·R, D] or [H, D] = [24, 5]"]),
+        ({"qkv_weight": (*THREE[:2], THREE[2].to("meta"))}, ValueError, ["qkv_weight must be on x's device", "meta"]),
         ({"qkv_weight": torch.zeros(0, 5)}, ValueError, ["R from 1 to 128", "[0, 5]"]),
         ({"qkv_weight": torch.zeros(6 * 129, 5)}, ValueError, ["R from 1 to 128", "[774, 5]"]),
         ({"qkv_weight": torch.zeros(24, 5, device="meta")}, ValueError, ["qkv_weight must be on x's device", "meta"]),
@@ -52,8 +66,9 @@ from deltamem_kernels import BackendUnavailableError, attention_correction, memo
     ],
 )
 @pytest.mark.parametrize("gradients", [False, True])
-def test_bad_memory_projection(change, exception, words, gradients):
-    call = {n: y.requires_grad_(gradients) for n, y in make_projection(2, 3, D=5, R=4).items()} | {"heads": 2} | change
+def test_memory_projection_raises_for_arguments_that_do_not_fit(change, exception, words, gradients):
+    operands = projection_problem(2, 3, D=5, R=4).operands
+    call = {n: y.requires_grad_(gradients) for n, y in operands.items()} | {"heads": 2} | change
     with pytest.raises(exception) as raised:
         memory_projection(**call)
     for word in words:
@@ -64,7 +79,7 @@ def test_bad_memory_projection(change, exception, words, gradients):
 
 
 def good() -> dict[str, object]:
-    problem = make(H=2, R=4, norm=True)
+    problem = correction_problem(H=2, R=4, norm=True)
     return {**problem.operands, "out": torch.empty_like(problem.operands["base"]), "norm_eps": 1e-6}
 
 
@@ -100,13 +115,13 @@ CASES = [
     bad("norm_eps", lambda x: float("nan"), ValueError, "norm_eps must be at least 0", "got float nan"),
     bad("out", lambda x: x.double(), TypeError, "out must be a dense float32 tensor, as base is", "got float64"),
     bad("out", lambda x: x[:1], ValueError, "out must be of base's shape", "got float32 [1, 5, 24]"),
-    bad("out", lambda x: x[:1].expand(2, -1, -1), ValueError, "out must be a tensor with a place for each", "got"),
+    bad("out", lambda x: x[:1].expand(2, -1, -1), ValueError, "out must be a tensor without internal overlap", "got"),
     bad("out", lambda x: [], TypeError, "out must be a dense float32 tensor", "got list"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "change", "kind", "words"), CASES)
-def test_bad_attention_correction(name, change, kind, words):
+def test_attention_correction_raises_for_arguments_that_do_not_fit(name, change, kind, words):
     call = good()
     call[name] = change(call[name])
     before = call["out"].clone() if isinstance(call["out"], Tensor) and call["out"].device.type == "cpu" else None
@@ -118,7 +133,7 @@ def test_bad_attention_correction(name, change, kind, words):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_out_must_not_lie_under_an_operand(in_place):
+def test_out_that_overlaps_an_operand_raises(in_place):
     memory = torch.randn(2, 5, 60)
     base, reads = memory[..., :24], memory[..., 20:28]
     weight = torch.randn(24, 8)

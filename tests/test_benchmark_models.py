@@ -21,7 +21,7 @@ NAMES = ("model tiny Qwen3", "model tiny Qwen3 training", "model tiny Qwen3 atte
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
-    """main() on the tiny model, without a peer that may be installed: its rows by operation, implementation and T."""
+    """Run main() on the tiny model, without an installed peer. Return its rows by operation, implementation and T."""
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(report, "plot", lambda *arguments: None)
     monkeypatch.setattr(models, "PEER", tmp_path / "none")
@@ -39,7 +39,8 @@ def rows(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_models_with_a_memory_that_corrects_nothing(rows):
+@pytest.mark.slow
+def test_a_memory_that_corrects_nothing_changes_no_logit(rows):
     found = rows("--tokens", "1", "6")
     for name in NAMES:
         for tokens in (1, 6):
@@ -59,14 +60,14 @@ def test_models_with_a_memory_that_corrects_nothing(rows):
     assert 0 < training[0] < training[1] < 4 * models.TINY_QWEN3.parameters  # the weights are not counted
 
 
-def test_real_inputs_are_refused(rows):
+def test_real_inputs_are_not_run(rows):
     found = rows("--tokens", "6", "--input", "smollm2")
     assert {row["note"] for row in found.values()} == {"its inputs are random token ids: needs --input random"}
     assert {row["status"] for row in found.values()} == {"not run"}
 
 
 def test_a_model_of_gigabytes_is_for_gpus(rows):
-    """Its size, by a look at tensors without memory, and that a CPU does not begin to build it."""
+    """Its size is counted on the meta device. On a CPU it is not built."""
     built = models.QWEN3_4B.build(torch.bfloat16, "meta")
     assert sum(p.numel() for p in built.parameters()) == models.QWEN3_4B.parameters
     assert {p.dtype for p in built.parameters()} == {torch.bfloat16}
@@ -100,7 +101,7 @@ def test_the_memory_is_as_the_shape_says(fields):
         memory.delta_o_proj.data.zero_()
 
 
-def test_too_few_samples_are_refused(capsys):
+def test_too_few_samples_raise(capsys):
     with pytest.raises(SystemExit):
         main(["--samples", "2"])
     assert "--samples must be at least 3" in capsys.readouterr().err

@@ -1,9 +1,10 @@
-"""The benchmark harness: it runs, checks before it times, hides nothing, and computes its floor right."""
+"""The benchmark harness runs, checks results before it times them, reports failures and counts bytes right."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ TINY = ["--tokens", "40", "--seconds", "0.01", "--threads", "1", "--quick"]  # m
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, dict]]]:
-    """main() with its files in a temporary folder: the exit status, and the JSON it wrote."""
+    """Run main() with its files in a temporary folder. Return the exit status and the JSON that it wrote."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)  # half a second
 
@@ -45,7 +46,8 @@ def forward_with(*implementations: Implementation) -> list[Operation]:
     return [replace(cases.FORWARD, implementations=(baseline, *implementations))]
 
 
-def test_end_to_end(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.slow
+def test_a_run_reports_every_implementation(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     status, result = run()
     assert status == 0
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
@@ -66,7 +68,7 @@ def test_end_to_end(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(word in printed for word in ("median", "tokens/s", "ns/token", "memory", "speed", "ours (cpu)"))
 
 
-def test_header_tells_the_machine_and_no_names(run: Callable, tmp_path: Path) -> None:
+def test_the_header_describes_the_machine_without_private_names(run: Callable, tmp_path: Path) -> None:
     _, result = run("--impl", "reference", "--op", "delta_update forward")
     header = result["header"]
     assert header["torch"] == torch.__version__
@@ -78,7 +80,12 @@ def test_header_tells_the_machine_and_no_names(run: Callable, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("dtype", "mode"), [("bfloat16", "standard"), ("float64", "lambda_outside"), ("float16", "no_lambda")]
+    ("dtype", "mode"),
+    [
+        ("float64", "lambda_outside"),
+        pytest.param("bfloat16", "standard", marks=pytest.mark.slow),
+        pytest.param("float16", "no_lambda", marks=pytest.mark.slow),
+    ],
 )
 def test_every_kind_of_case_agrees(run: Callable, dtype: str, mode: str) -> None:
     kind = ["--dtype", dtype, "--mode", mode, "--gates", "head", "--heads", "2", "--batch", "2", "--rank", "3"]
@@ -132,7 +139,7 @@ def test_what_cannot_run_is_listed_with_its_reason(run: Callable, capsys: pytest
     assert all(f"not run: {name}: {reason}" in printed for name, reason in reasons.items())
 
 
-def test_bytes_and_floor() -> None:
+def test_bytes_moved_are_counted_right() -> None:
     # q, k, v, beta and reads: 5 x 192 numbers of 2 bytes; the final state: 2 x 4 x 8 x 8 numbers of 4 bytes
     shape = Shape(tokens=3, batch=2, heads=4, rank=8, dtype=torch.bfloat16)
     assert cases.forward_bytes(shape) == 5 * 192 * 2 + 512 * 4
@@ -147,7 +154,7 @@ def test_bytes_and_floor() -> None:
     assert cases.training_bytes(shape) == written + sum(tensor.nbytes for tensor in inputs.values())
 
 
-def test_share_of_the_floor(run: Callable) -> None:
+def test_the_share_of_the_floor_is_right(run: Callable) -> None:
     _, result = run("--impl", "upstream-torch", "--op", "delta_update forward")
     (row,) = result["rows"]
     assert row["bytes_moved"] == 5 * 40 * 8 * 4 + 64 * 4
@@ -156,8 +163,8 @@ def test_share_of_the_floor(run: Callable) -> None:
     assert row["gb_per_second"] == pytest.approx(row["share_of_floor"])
 
 
-def test_flash_linear_attention_is_given_its_conventions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a loop in its conventions: the read after the write, exp(g), the state as key x value."""
+def test_flash_linear_attention_gets_operands_in_its_conventions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its conventions, here as a loop: it reads after it writes, takes log decays, and its state is key × value."""
 
     def in_its_conventions(q, k, v, g, beta, scale, output_final_state):
         state = torch.zeros(q.shape[0], q.shape[2], q.shape[3], q.shape[3], dtype=q.dtype)
@@ -177,7 +184,7 @@ def test_flash_linear_attention_is_given_its_conventions(monkeypatch: pytest.Mon
     assert max(relative_errors(outputs, cases.FORWARD.oracle(inputs, shape)).values()) < 1e-12
 
 
-def test_compiled_blocks_do_not_tell_the_length() -> None:
+def test_compiled_blocks_do_not_depend_on_the_length() -> None:
     short, long = (cases._token_blocks(torch.randn(1, tokens, 1, 8)) for tokens in (64, 128))
     assert (len(short), len(long)) == (2, 4)
     assert short[0].stride() == long[0].stride()
@@ -190,14 +197,20 @@ def test_real_inputs_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
         smollm2.dialogue_hidden_states(8)
 
 
-def test_memory_of_a_large_call() -> None:
+def test_the_peak_memory_of_a_large_call_is_measured() -> None:
     numbers = torch.ones(2**22)
     peak = measure.peak_memory(lambda: numbers * 2, "cpu")
-    assert peak is None or peak == pytest.approx(numbers.nbytes, rel=0.1)
+    if peak is None:
+        assert not os.access("/proc/self/clear_refs", os.W_OK)
+    else:
+        assert peak == pytest.approx(numbers.nbytes, rel=0.1)
 
 
-def test_copy_bandwidth_is_that_of_this_world() -> None:
-    assert 1e8 < measure.copy_bandwidth("cpu") < 1e14
+def test_copy_bandwidth_counts_reads_and_writes_of_the_fastest_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy reads and writes 2^26 numbers of 4 bytes. The clock is replaced."""
+    seconds = iter([4.0, 2.0, 0.5, 1.0, 3.0, 2.0, 2.0])
+    monkeypatch.setattr(measure, "_timed", lambda copy: (copy(), next(seconds))[1])
+    assert measure.copy_bandwidth("cpu") == 2 * 4 * 2**26 / 0.5
 
 
 def test_names_are_chosen_by_part_or_whole() -> None:
@@ -207,11 +220,11 @@ def test_names_are_chosen_by_part_or_whole() -> None:
     assert chosen(["x forward"], names) == names[:1]
 
 
-def test_paths_are_cut() -> None:
+def test_paths_are_shortened_to_file_names() -> None:
     assert machine.without_paths("--json /tmp/a/b.json --x a/b, see /usr/lib/c.so") == "--json b.json --x a/b, see c.so"
 
 
-@pytest.mark.parametrize("tokens", ["1", "3"])
+@pytest.mark.parametrize("tokens", ["1", pytest.param("3", marks=pytest.mark.slow)])
 def test_steps_are_checked_and_timed(run, tokens) -> None:
     status, result = run("--op", "delta_step", "--batch", "1", "5", "--tokens", tokens)
     assert status == 0
@@ -219,7 +232,7 @@ def test_steps_are_checked_and_timed(run, tokens) -> None:
     assert ran >= {(name, n) for name in ("ours (cpu)", "ours (reference)", "pytorch") for n in (1, 5)}
 
 
-def test_sizes_are_the_operations_own_unless_told() -> None:
+def test_sizes_are_those_of_the_operation_unless_given() -> None:
     from benchmarks.__main__ import parse, shapes
     from benchmarks.operations.delta_step import OPERATIONS
 
@@ -233,7 +246,7 @@ def test_sizes_are_the_operations_own_unless_told() -> None:
 
 
 def test_what_is_kept_for_backward_is_counted() -> None:
-    """The result of exp and a copy of x are kept, x itself is the caller's; and each storage counts once."""
+    """exp keeps its result and the products keep other tensors. x belongs to the caller. A storage counts once."""
     x = torch.randn(1000, requires_grad=True)
     other = torch.randn(1000)
     kept = measure.kept_for_backward(lambda: (x.exp() * 2 + x * other + x * other[:500].repeat(2)).sum(), [x])
@@ -249,7 +262,7 @@ def test_a_layer_with_the_memory_gives_what_the_frozen_one_gives(run: Callable) 
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_a_layer_with_norms_over_its_heads(tokens, monkeypatch):
+def test_a_layer_with_norms_over_its_heads_is_timed(tokens, monkeypatch):
     """With a memory and without, and its attention in blocks."""
     monkeypatch.setattr(layer, "QUERIES_AT_ONCE", 4)
     operation = layer._operation("small", layer.Layer(32, 4, 2, 16, head_norm=True))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import ARCHITECTURES, logits, one_thread, remembering, tokens
-from problems import error
+from models import ARCHITECTURES, logits, one_thread, remembering, states_of, tokens
 from torch import nn
 from transformers import DynamicCache
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -14,6 +13,7 @@ from deltamem_kernels.integrations.transformers import attach_memory, get_memory
 from deltamem_kernels.integrations.transformers.cache_keyword import CACHE_KEYWORDS, cache_keyword
 from deltamem_kernels.integrations.transformers.packing import sequence_starts
 from deltamem_kernels.nn import DeltaMemConfig
+from deltamem_kernels.testing import relative_error
 
 __all__ = ["one_thread"]
 
@@ -64,9 +64,9 @@ def test_the_state_is_kept_in_the_cache_under_either_keyword(keyword):
     assert cache_keyword(attention) == keyword
     whole = attention(x)
     parts = [attention(part, **{keyword: cache}) for part in x.split([3, 1, 1, 2], dim=1)]
-    assert error(torch.cat(parts, 1), whole) <= 1e-5
-    assert error(get_memory(cache)[0], attention.delta_memory.read(x).state) <= 1e-5
-    assert error(torch.cat([attention(part) for part in x.split([3, 4], dim=1)], 1), whole) > 1e-3  # a state matters
+    assert relative_error(torch.cat(parts, 1), whole) <= 1e-5
+    assert relative_error(get_memory(cache)[0], attention.delta_memory.read(x).state) <= 1e-5
+    assert relative_error(torch.cat([attention(part) for part in x.split([3, 4], dim=1)], 1), whole) > 1e-3
 
 
 @pytest.mark.parametrize("keyword", CACHE_KEYWORDS)
@@ -89,12 +89,12 @@ def test_every_module_of_the_installed_models_takes_the_same_keyword(kind):
 
 
 def test_the_old_keyword_is_still_accepted():
-    """transformers 5.24 renames it on the way in, which is after the hooks of the module have seen it."""
+    """transformers 5.24 renames it inside of the call, after the hooks of the module have run."""
     model, ids = remembering(), tokens(2, 6)
     old, own = DynamicCache(config=model.config), DynamicCache(config=model.config)
     for part in ids.split([4, 1, 1], dim=1):
         assert torch.equal(logits(model, part, past_key_values=old), logits(model, part, cache=own))
-    assert all(torch.equal(state, get_memory(own)[index]) for index, state in get_memory(old).items())
+    assert all(torch.equal(state, get_memory(own)[index]) for index, state in states_of(old).items())
     x, attention = torch.randn(1, 3, model.config.hidden_size), model.model.layers[0].self_attn
     rotary, cache = (torch.ones(1, 3, 16), torch.zeros(1, 3, 16)), DynamicCache(config=model.config)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_the_old_keyword_is_still_accepted():
 
 @pytest.mark.parametrize("given", CACHE_KEYWORDS)
 @pytest.mark.parametrize("keyword", CACHE_KEYWORDS)
-def test_a_paged_cache_is_refused(keyword, given):
+def test_a_paged_cache_raises(keyword, given):
     attention, paged = attention_with_memory(keyword), object.__new__(PagedAttentionCache)
     with pytest.raises(ValueError, match=r"a paged cache \(generate_batch\) cannot hold"):
         attention(torch.randn(1, 3, 16), **{given: paged})
@@ -112,7 +112,7 @@ def test_a_paged_cache_is_refused(keyword, given):
         attention(torch.randn(1, 3, 16), **{given: []})
 
 
-def test_an_attention_without_a_cache_does_not_fit():
+def test_an_attention_without_a_cache_raises():
     model = nn.Module()
     model.self_attn = Attention()
     model.self_attn.forward = lambda hidden_states: hidden_states

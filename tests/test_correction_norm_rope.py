@@ -1,5 +1,5 @@
-"""attention_correction_norm_rope: every backend against the float64 oracle, which is held against a layer's own calls.
-What it shares with attention_correction is tested there."""
+"""attention_correction_norm_rope: every backend against float64, and the reference against a layer's own calls. What it
+shares with attention_correction is tested there."""
 
 from __future__ import annotations
 
@@ -9,39 +9,37 @@ import pytest
 import torch
 from correction_problems import (
     NAMES,
-    Correction,
-    as_a_layer_would,
-    check,
     check_16_bit,
-    check_bits_of_every_run,
-    check_rows_are_alone,
-    cotangent_for,
+    check_rows_are_independent,
+    check_runs_have_the_same_bits,
     kept_for_backward,
-    make,
+    plain_correction,
 )
-from problems import FLOAT32_TOLERANCE, error, subsets
+from problems import check, subsets
 from torch import Tensor
 
 from deltamem_kernels import attention_correction, attention_correction_norm_rope
+from deltamem_kernels.testing import FLOAT32_TOLERANCE, CorrectionProblem, correction_problem, relative_error
 
+pytestmark = pytest.mark.one_isa
 FORMS = {"plain": {}, "norm": {"norm": True}, "rope": {"rope": True}, "norm and rope": {"norm": True, "rope": True}}
 
 
-def problem_of(form: str, implementation=None, **options) -> Correction:
+def problem_of(form: str, implementation=None, **options) -> CorrectionProblem:
     device = implementation.device if implementation else "cpu"
-    return make(**{"D": 48, "head_dim": 16, **options}, device=device, **FORMS[form])
+    return correction_problem(**{"D": 48, "head_dim": 16, **options}, device=device, **FORMS[form])
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_oracle_is_what_a_layer_would_run(form):
-    problem = problem_of(form, H=2, R=4).to(torch.float64)
-    exact = as_a_layer_would(**problem.operands, **problem.options)  # its norm is in float32
-    assert error(problem.forward("reference"), exact) <= (1e-6 if "norm" in form else 1e-14)
+def test_the_reference_computes_what_a_layer_would_run(form):
+    problem = problem_of(form, H=2, R=4).to(dtype=torch.float64)
+    exact = plain_correction(**problem.operands, **problem.options)  # its norm is in float32
+    assert relative_error(problem.run("reference")["out"], exact) <= (1e-6 if "norm" in form else 1e-14)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3"])
-def test_a_layer_of_transformers(family):
-    """The convention is theirs, with the tables of their rotary embedding."""
+def test_the_convention_is_that_of_transformers(family):
+    """With the tables of its rotary embedding."""
     transformers = pytest.importorskip("transformers")
     modules = {
         "llama": (transformers.LlamaConfig, transformers.models.llama.modeling_llama),
@@ -54,7 +52,7 @@ def test_a_layer_of_transformers(family):
         hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim
     )
     rotary = next(c for n, c in vars(modeling).items() if n.endswith("RotaryEmbedding"))(config)
-    problem = make(T=T, D=heads * head_dim, norm=family == "qwen3", head_dim=head_dim)
+    problem = correction_problem(T=T, D=heads * head_dim, norm=family == "qwen3", head_dim=head_dim)
     cos, sin = rotary(problem.operands["base"], torch.arange(T)[None])
     problem.options |= {"cos": cos, "sin": sin}
     norm = None
@@ -65,41 +63,45 @@ def test_a_layer_of_transformers(family):
     y = (x["base"] + x["scale"] * x["reads"].flatten(-2) @ x["weight"].t()).unflatten(-1, (heads, head_dim))
     y = (y if norm is None else norm(y)).transpose(1, 2)
     theirs, _ = modeling.apply_rotary_pos_emb(y, y, cos, sin)
-    ours = problem.forward("reference").unflatten(-1, (heads, head_dim)).transpose(1, 2)
-    assert error(ours, theirs.detach()) <= 1e-6
+    ours = problem.run("reference")["out"].unflatten(-1, (heads, head_dim)).transpose(1, 2)
+    assert relative_error(ours, theirs.detach()) <= 1e-6
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_of_the_reference(form):
+def test_gradients_of_the_reference_are_those_of_finite_differences(form):
     problem = problem_of(form, B=1, T=2, H=2, R=2, D=8, head_dim=4, dtype=torch.float64)
     names, leaves = list(problem.operands), [x.requires_grad_() for x in problem.operands.values()]
 
     def call(*operands: Tensor) -> Tensor:
-        return problem.function(**dict(zip(names, operands, strict=True)), **problem.options, backend="reference")
+        return problem.operation(**dict(zip(names, operands, strict=True)), **problem.options, backend="reference")
 
     assert torch.autograd.gradcheck(call, leaves)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("T", [0, 1, 3, 4, 5, 67])
-def test_lengths(implementation, form, T):
+def test_every_number_of_tokens_is_exact(implementation, form, T):
     check(problem_of(form, implementation, T=min(T, 18) if implementation.slow else T), implementation)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 4), (2, 6), (5, 16), (3, 34), (9, 64), (2, 128), (1, 256)])
-def test_widths_of_heads(implementation, form, heads, head_dim):
+def test_every_width_of_a_head_is_exact(implementation, form, heads, head_dim):
     check(problem_of(form, implementation, B=1, T=3, D=heads * head_dim, head_dim=head_dim), implementation)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("form", ["plain", "norm"])
 @pytest.mark.parametrize("head_dim", [1, 3, 17])
-def test_odd_heads_without_rotary(implementation, form, head_dim):
+def test_heads_of_odd_width_are_exact_without_rotary(implementation, form, head_dim):
     check(problem_of(form, implementation, D=3 * head_dim, head_dim=head_dim), implementation)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize(("H", "R"), [(1, 1), (2, 4), (3, 5), (4, 8), (1, 33), (1, 128), (3, 48)])
-def test_heads_and_ranks_of_the_memory(implementation, H, R):
+def test_every_number_of_state_heads_and_rank_is_exact(implementation, H, R):
     check(problem_of("norm and rope", implementation, B=1, T=3, H=H, R=R), implementation)
 
 
@@ -107,65 +109,69 @@ def test_heads_and_ranks_of_the_memory(implementation, H, R):
 @pytest.mark.parametrize(
     "shape", [{"B": None}, {"H": None}, {"one_rope": True}, {"B": None, "one_rope": True}], ids=str
 )
-def test_other_shapes_of_a_call(implementation, form, shape):
-    """Decoding, one head without its dimension, tables shared by the batch."""
+def test_every_shape_of_a_call_is_exact(implementation, form, shape):
+    """Decoding, no head dimension, tables that the batch shares."""
     check(problem_of(form, implementation, **shape), implementation)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("B", "T"), [(0, 3), (3, 0), (None, 0)])
-def test_nothing_to_correct(implementation, form, B, T):
+def test_without_rows_results_are_empty_and_gradients_zero(implementation, form, B, T):
     problem = problem_of(form, implementation, B=B, T=T)
-    ours = problem.forward_backward(implementation.backend, cotangent_for(problem))
+    ours = problem.run_with_gradients(implementation.backend, problem.cotangents())
     assert ours["out"].shape == problem.operands["base"].shape
     assert all(ours[f"d_{n}"].shape == x.shape for n, x in problem.operands.items())
     assert all(torch.count_nonzero(x) == 0 for x in ours.values())
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("head_dim", [16, 10])
-def test_operands_between_nans(implementation, form, head_dim):
+def test_nothing_outside_of_strided_operands_is_read(implementation, form, head_dim):
     problem = problem_of(form, implementation, H=2, R=3, D=3 * head_dim, head_dim=head_dim, fenced=True)
-    check(problem, implementation, fenced=True)
+    check(problem, implementation, cotangents=problem.cotangents(fenced=True))
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_operands(implementation, form, dtype):
+def test_16_bit_operands_lose_no_more_than_plain_pytorch(implementation, form, dtype):
     T = 6 if implementation.slow else 60
     check_16_bit(problem_of(form, implementation, T=T, dtype=dtype), implementation)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("form", FORMS)
-def test_mixed_dtypes_and_float64(implementation, form):
+def test_operands_of_mixed_dtypes_and_float64_are_exact(implementation, form):
     dtypes = {"base": torch.bfloat16, "reads": torch.float16, "cos": torch.bfloat16, "norm_weight": torch.float16}
     check(problem_of(form, implementation, dtype=dtypes), implementation)
     check(problem_of(form, implementation, dtype=torch.float64), implementation, tolerance=1e-13)
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_every_subset_of_frozen_operands(implementation, norm):
+def test_every_subset_of_operands_may_be_frozen(implementation, norm):
     problem = problem_of("norm and rope" if norm else "rope", implementation, B=1, T=3)
     for subset in subsets(tuple(problem.operands), implementation):
         check(problem, implementation, wanted=subset)
 
 
-def test_a_head_without_norm_and_rotary_is_the_plain_correction(implementation):
+@pytest.mark.each_isa
+def test_without_norm_and_rotary_it_is_the_plain_correction(implementation):
     problem = problem_of("plain", implementation)
     plain = attention_correction(**problem.operands, backend=implementation.backend)
-    assert torch.equal(problem.forward(implementation.backend), plain)
+    assert torch.equal(problem.run(implementation.backend)["out"], plain)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_in_place_and_into_another_tensor(implementation, form):
+def test_the_result_may_go_into_base_or_another_tensor(implementation, form):
     problem = problem_of(form, implementation)
-    plain = problem.forward(implementation.backend)
+    plain = problem.run(implementation.backend)["out"]
     whole = torch.randn(2, 5, 60, device=implementation.device)
     before, base, out = whole.clone(), whole[..., 4:52], torch.full_like(plain, float("nan"))
-    assert problem.forward(implementation.backend, out=out) is out
+    assert problem.run(implementation.backend, out=out)["out"] is out
     assert torch.equal(out, plain)
     problem.operands["base"] = base.copy_(problem.operands["base"])
-    assert problem.forward(implementation.backend, out=base) is base
+    assert problem.run(implementation.backend, out=base)["out"] is base
     assert torch.equal(base, plain)
     assert torch.equal(whole[..., :4], before[..., :4])
     assert torch.equal(whole[..., 52:], before[..., 52:])
@@ -173,41 +179,41 @@ def test_in_place_and_into_another_tensor(implementation, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("in_place", [False, True])
-def test_gradients_through_out(implementation, form, in_place):
+def test_gradients_through_out_are_those_without_it(implementation, form, in_place):
     problem = problem_of(form, implementation)
-    cotangent = cotangent_for(problem)
-    plain = problem.forward_backward(implementation.backend, cotangent)
+    cotangents = problem.cotangents()
+    plain = problem.run_with_gradients(implementation.backend, cotangents)
     leaves = {n: x.detach().clone().requires_grad_() for n, x in problem.operands.items()}
     made = {n: x * 1 for n, x in leaves.items()}
     out = made["base"] if in_place else torch.zeros_like(made["base"])
 
     def call() -> Tensor:
-        return problem.function(**made, **problem.options, backend=implementation.backend, out=out)
+        return problem.operation(**made, **problem.options, backend=implementation.backend, out=out)
 
     if in_place and "norm" in form:
         with pytest.raises(ValueError, match="out must not be base where there is a norm"):
             call()
         return
     assert call() is out
-    for name, g in zip(leaves, torch.autograd.grad(out, list(leaves.values()), cotangent), strict=True):
+    for name, g in zip(leaves, torch.autograd.grad(out, list(leaves.values()), cotangents["out"]), strict=True):
         assert torch.equal(g, plain[f"d_{name}"]), name
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_do_not_depend_on_each_other(implementation, form):
-    check_rows_are_alone(
+    check_rows_are_independent(
         problem_of(form, implementation, B=1, T=7 if implementation.slow else 67, scale=0.7), implementation
     )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_run_has_the_same_bits(implementation, form):
-    check_bits_of_every_run(problem_of(form, implementation, T=6 if implementation.slow else 700), implementation)
+    check_runs_have_the_same_bits(problem_of(form, implementation, T=6 if implementation.slow else 700), implementation)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_kept_for_backward(implementation, form):
-    """base where there is a norm, else nothing of its size."""
+def test_only_base_is_kept_for_backward_and_only_with_a_norm(implementation, form):
+    """Nothing else of its size is kept."""
     problem = problem_of(form, implementation)
     kept = kept_for_backward(problem, implementation.backend, ("reads", "weight"))
     assert [x.data_ptr() for x in kept] == [problem.operands["base"].data_ptr()] * ("norm" in form)
@@ -215,7 +221,7 @@ def test_what_is_kept_for_backward(implementation, form):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("form", FORMS)
-def test_opcheck(backend, form):
+def test_the_operators_pass_opcheck(backend, form):
     problem = problem_of(form)
     base, reads, weight, gain = (problem.operands[n] for n in NAMES[:4])
     norm_weight, cos, sin = problem.operands.get("norm_weight"), problem.options.get("cos"), problem.options.get("sin")
@@ -231,7 +237,7 @@ def test_opcheck(backend, form):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("training", "in_place"), [(False, False), (False, True), (True, False)])
-def test_under_torch_compile(backend, training, in_place):
+def test_torch_compile_sees_the_mutation_and_the_gradients(backend, training, in_place):
     torch._dynamo.reset()
 
     def layer(x: Tensor, projection: Tensor, reads: Tensor, weight: Tensor, norm: Tensor, cos: Tensor, sin: Tensor):
@@ -247,10 +253,10 @@ def test_under_torch_compile(backend, training, in_place):
         operands = [torch.randn(s).requires_grad_(training) for s in shapes]
         tables = [torch.randn(1, T, 8) for _ in range(2)]
         ours, eager = compiled(*operands, *tables), layer(*operands, *tables)
-        assert error(ours.detach(), eager.detach()) <= FLOAT32_TOLERANCE
+        assert relative_error(ours.detach(), eager.detach()) <= FLOAT32_TOLERANCE
         if training:
             for a, b in zip(*(torch.autograd.grad(y.square().sum(), operands) for y in (ours, eager)), strict=True):
-                assert error(a, b) <= FLOAT32_TOLERANCE
+                assert relative_error(a, b) <= FLOAT32_TOLERANCE
 
 
 def bad(change: dict[str, Callable], kind: type[Exception], *words: str) -> object:
@@ -276,7 +282,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("changes", "kind", "words"), CASES)
-def test_bad_input(changes, kind, words):
+def test_arguments_that_do_not_fit_raise(changes, kind, words):
     problem = problem_of("norm and rope")
     call = {**problem.operands, **problem.options}
     for name, change in changes.items():
@@ -286,7 +292,7 @@ def test_bad_input(changes, kind, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_out_must_not_lie_under_a_table():
+def test_out_that_overlaps_a_table_raises():
     problem = problem_of("rope", T=3, B=1, D=16)
     with pytest.raises(ValueError, match="out must not share memory with cos"):
-        problem.forward("reference", out=problem.options["cos"])
+        problem.run("reference", out=problem.options["cos"])

@@ -1,5 +1,5 @@
-"""The CUDA kernels beyond what the tests of every backend see of them: both forms of the scan around the ends of tiles
-and chunks, memory and races under sanitizers, and what nvcc makes of them for each GPU generation."""
+"""The CUDA kernels beyond the tests of every backend: both forms of the scan around the ends of tiles and chunks,
+memory and races under sanitizers, and the code that nvcc compiles for each GPU generation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from types import SimpleNamespace
 import cuda_host
 import pytest
 import torch
-from problems import FLOAT32_TOLERANCE, MODES, NAMES, assert_close, cotangents_for, make, oracle
-from test_parity import GATES, check
+from problems import GATES, MODES, NAMES, check
 
 from deltamem_kernels import delta_step, delta_update
-from deltamem_kernels.backends import build
+from deltamem_kernels.backends.native import build
+from deltamem_kernels.operands import CorrectionOperands
+from deltamem_kernels.testing import FLOAT32_TOLERANCE, ROUNDING, assert_close_in_norm, scan_problem
 
-PLAYED = SimpleNamespace(backend="cuda", device="cpu", slow=True)
+EMULATED = SimpleNamespace(backend="cuda", device="cpu", slow=True, rounding=ROUNDING)
+pytestmark = pytest.mark.slow
 CHUNK = 64
 
 
@@ -35,53 +37,56 @@ def form(request):
 
 @pytest.mark.parametrize("T", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3])
 @pytest.mark.parametrize("R", [4, 8])
-def test_lengths(form, T, R):
-    check(make(B=2, T=T, H=1, R=R, mask=T % 2 == 1, state=T != CHUNK), PLAYED)
+def test_sequences_around_the_ends_of_tiles_and_chunks_are_exact(form, T, R):
+    check(scan_problem(B=2, T=T, H=1, R=R, mask=T % 2 == 1, state=T != CHUNK), EMULATED)
 
 
 @pytest.mark.parametrize("R", [1, 3, 5, 12, 16, 32])
-def test_ranks_over_chunks(form, R):
-    check(make(B=1, T=CHUNK + 3, H=1, R=R, mode="lambda_outside", decay=True, beta_per_head=True, fenced=True), PLAYED)
+def test_every_rank_is_exact_over_chunks(form, R):
+    check(
+        scan_problem(B=1, T=CHUNK + 3, H=1, R=R, mode="lambda_outside", decay=True, beta_per_head=True, fenced=True),
+        EMULATED,
+    )
 
 
 @pytest.mark.parametrize(("mode", "decay", "beta_per_head", "decay_per_head"), GATES)
-def test_gates_in_chunks(mode, decay, beta_per_head, decay_per_head):
-    problem = make(B=1, T=CHUNK + 6, R=4, mode=mode, decay=decay, beta_per_head=beta_per_head,
+def test_every_form_of_the_gates_is_exact_in_chunks(mode, decay, beta_per_head, decay_per_head):
+    problem = scan_problem(B=1, T=CHUNK + 6, R=4, mode=mode, decay=decay, beta_per_head=beta_per_head,
                    decay_per_head=decay_per_head, mask=True)  # fmt: skip
     with cuda_host.installed(chunked=True):
-        check(problem, PLAYED)
+        check(problem, EMULATED)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_sequences_in_chunks(mode):
-    """Those of more than a chunk beside those of less: each is run as it would be alone."""
+def test_packed_sequences_of_every_length_are_exact_in_chunks(mode):
+    """Sequences longer and shorter than a chunk: each runs as it would alone."""
     with cuda_host.installed(chunked=True):
-        check(make(lengths=(0, 130, 3, 0, 64, 65, 1, 0), H=1, R=4, mode=mode, mask=True), PLAYED)
+        check(scan_problem(lengths=(0, 130, 3, 0, 64, 65, 1, 0), H=1, R=4, mode=mode, mask=True), EMULATED)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_operands_of_one_dtype_and_mixed_in_chunks(dtype):
-    """Operands of one dtype have loads of their own: with v of another, the results are the same numbers."""
-    problem = make(B=1, T=CHUNK + 3, H=1, dtype=dtype)
+def test_operands_of_one_dtype_have_the_bits_of_mixed_ones_in_chunks(dtype):
+    """Operands of one dtype have loads of their own. With v in another dtype the results are the same."""
+    problem = scan_problem(B=1, T=CHUNK + 3, H=1, dtype=dtype)
     mixed = problem.to()
     mixed.operands["v"] = mixed.operands["v"].float()
     with cuda_host.installed(chunked=True):
-        same, other = problem.forward("cuda"), mixed.forward("cuda")
+        same, other = problem.run("cuda"), mixed.run("cuda")
     assert torch.equal(same["reads"], other["reads"])
     assert torch.equal(same["final_state"], other["final_state"])
 
 
 @pytest.mark.parametrize("wanted", [(name,) for name in NAMES] + [("k", "beta", "initial_state")], ids="-".join)
-def test_frozen_operands_in_chunks(wanted):
-    problem = make(B=1, T=CHUNK + 2, H=1, R=4, decay=True, decay_per_head=True)
-    weights = cotangents_for(problem)
+def test_operands_may_be_frozen_in_chunks(wanted):
+    problem = scan_problem(B=1, T=CHUNK + 2, H=1, R=4, decay=True, decay_per_head=True)
+    weights = problem.cotangents()
     with cuda_host.installed(chunked=True):
-        ours = problem.forward_backward("cuda", weights, wanted)
-    assert_close(ours, oracle(problem, weights, wanted), FLOAT32_TOLERANCE)
+        ours = problem.run_with_gradients("cuda", weights, wanted)
+    assert_close_in_norm(ours, problem.float64(weights, wanted), FLOAT32_TOLERANCE)
 
 
-def test_a_sequence_has_its_bits_in_any_company(form):
-    """Alone, in a batch, and packed beside shorter and longer ones; with and without what backward needs."""
+def test_a_sequence_has_the_same_bits_alone_packed_and_in_a_batch(form):
+    """With and without what backward needs."""
     q, k, v = (torch.nn.functional.normalize(torch.randn(1, 70, 1, 4), dim=-1) for _ in range(3))
     operands = [q, k, v, torch.rand(1, 70, 1, 4)]
 
@@ -106,7 +111,7 @@ def test_a_sequence_has_its_bits_in_any_company(form):
 
 
 def remembering(problem):
-    """With gates that forget little: what a chunk starts from is still there at its end."""
+    """Return the problem with gates that forget little, so that the state before a chunk still matters at its end."""
     problem.operands["beta"] *= 0.05
     if "decay" in problem.operands:
         problem.operands["decay"] = 1 - 0.03 * problem.operands["decay"]
@@ -115,33 +120,33 @@ def remembering(problem):
 
 @pytest.mark.parametrize(("mode", "decay", "beta_per_head", "decay_per_head"), GATES)
 @pytest.mark.parametrize("R", [4, 7])
-def test_long_memory_over_chunks(form, mode, decay, beta_per_head, decay_per_head, R):
-    problem = make(B=1, T=2 * CHUNK + 3, H=1, R=R, mode=mode, decay=decay, beta_per_head=beta_per_head,
+def test_a_long_memory_is_exact_over_chunks(form, mode, decay, beta_per_head, decay_per_head, R):
+    problem = scan_problem(B=1, T=2 * CHUNK + 3, H=1, R=R, mode=mode, decay=decay, beta_per_head=beta_per_head,
                    decay_per_head=decay_per_head)  # fmt: skip
-    check(remembering(problem), PLAYED)
+    check(remembering(problem), EMULATED)
 
 
-def test_long_memory_at_rank_16(form):
-    check(remembering(make(B=1, T=2 * CHUNK + 3, H=1, R=16, mode="lambda_outside", decay=True)), PLAYED)
+def test_a_long_memory_is_exact_at_rank_16(form):
+    check(remembering(scan_problem(B=1, T=2 * CHUNK + 3, H=1, R=16, mode="lambda_outside", decay=True)), EMULATED)
 
 
 @pytest.mark.parametrize(("T", "chunked"), [(511, False), (512, True)])
 def test_long_sequences_run_in_chunks(T, chunked):
-    """The usual choice, seen by its bits; in a float64 oracle's eyes the forms are equals."""
-    problem = remembering(make(B=1, T=T, H=1, R=4))
+    """The bits show which form was chosen. Both are exact."""
+    problem = remembering(scan_problem(B=1, T=T, H=1, R=4))
     reads = {}
     for form in (None, False, True):
         with cuda_host.installed(form):
-            reads[form] = problem.forward("cuda")["reads"]
+            reads[form] = problem.run("cuda")["reads"]
     assert torch.equal(reads[None], reads[chunked])
     assert not torch.equal(reads[False], reads[True])
-    assert_close(
-        {"reads": reads[None]}, {"reads": problem.to(torch.float64).forward("reference")["reads"]}, FLOAT32_TOLERANCE
+    assert_close_in_norm(
+        {"reads": reads[None]}, {"reads": problem.to(dtype=torch.float64).run("reference")["reads"]}, FLOAT32_TOLERANCE
     )
 
 
 def test_slots_outside_of_the_pool_are_pads():
-    """Values on a GPU are not looked at by the host, so nobody else can refuse them."""
+    """The host does not look at values on a GPU, so it cannot raise."""
     x = torch.rand(4, 1, 4)
     pool = torch.rand(3, 1, 4, 4)
     before = pool.clone()
@@ -158,11 +163,12 @@ def test_slots_outside_of_the_pool_are_pads():
     assert torch.count_nonzero(others) == 0
 
 
-def test_more_blocks_than_a_gpu_takes():
-    """An error in words, before anything runs; nothing is truncated."""
+def test_more_blocks_than_a_gpu_takes_raise():
+    """Before anything runs."""
     row = torch.zeros(1, 1).expand(2**34, 1)
+    operands = CorrectionOperands(row, row, torch.zeros(1, 1), None, None, None, None, 1.0, 0.0, 0)
     with pytest.raises(ValueError, match="needs 4294967296 blocks for one launch"):
-        cuda_host.library().correct(row, row, torch.zeros(1, 1), None, None, None, None, 1.0, 0.0, 0, row)
+        cuda_host.library().correct(operands, row)
 
 
 # Sanitizers, on a program of its own
@@ -190,7 +196,7 @@ class Program:
         self.call(*self.flags, "-I", self.sources, "-x", "c++", "-c", source, "-o", self.objects[source.name])
 
     def changed(self, folder: Path, source: str, right: str, wrong: str) -> Program:
-        """With a kernel that has `wrong` in the place of `right`."""
+        """Return the program with a kernel in which `wrong` replaces `right`."""
         copy = folder / "csrc"
         shutil.copytree(self.sources, copy)
         path = copy / source
@@ -238,7 +244,7 @@ REPORTS = {"address": "AddressSanitizer: heap-buffer-overflow", "thread": "Threa
 
 
 def test_sanitizers_find_what_was_planted(sanitized, tmp_path):
-    """A write one number past the reads, and tiles handed over without waiting."""
+    """A write one number past the reads, and tiles that are passed on without waiting."""
     name, program = sanitized
     done = program.changed(tmp_path, *PLANTED[name]).run(0)
     assert done.returncode != 0
@@ -258,7 +264,7 @@ RESOURCES = re.compile(
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[tuple[str, int, bool, int, int, int]]:
-    """Kernel, rank (0: any), whether it is float32, architecture, bytes spilled, registers: of every kernel."""
+    """Kernel, rank (0: any), whether it is float32, architecture, bytes spilled and registers, for every kernel."""
     nvcc = build.nvcc()
     if nvcc is None:
         pytest.skip("no nvcc here: the CUDA kernels were not compiled for any GPU")
@@ -290,8 +296,8 @@ def compiled(tmp_path_factory) -> list[tuple[str, int, bool, int, int, int]]:
 
 
 @pytest.mark.parametrize("arch", build.CUDA_ARCHS)
-def test_no_spills(compiled, arch):
-    """At the ranks that the architecture of δ-mem uses, nothing that belongs into a register is anywhere else."""
+def test_no_kernel_spills_registers(compiled, arch):
+    """At the ranks that δ-mem's architecture uses."""
     usual = [row for row in compiled if row[1] in (0, 4, 8, 16) and row[2] and row[3] == int(arch)]
     by_rank = ("forward", "backward", "step", "maps", "maps", "fold", "fold")
     assert sorted(row[0] for row in usual) == sorted((*(3 * by_rank), "project", "correct", "adjoint"))

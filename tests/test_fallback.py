@@ -1,5 +1,5 @@
-"""Where the library cannot be had: the reason in words, in the status, in one warning and in the error of who asked for
-it by name; everything else goes on."""
+"""Without the library: the status, one warning, and the error of a call that names the backend give the reason, and the
+next backend runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from test_backends import call
 
 import deltamem_kernels
 from deltamem_kernels import BackendUnavailableError
-from deltamem_kernels.backends import build, extension
-
-package = sys.modules["deltamem_kernels.backends"]  # as an attribute of the package, that name is the public function
+from deltamem_kernels.backends import select
+from deltamem_kernels.backends.native import BuildError, build, library
 
 # In this process
 
@@ -31,7 +30,7 @@ def nothing_built(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(build, "_PACKAGE", folder)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "/nonexistent/c++ -O3")
-    monkeypatch.setattr(package, "_chosen", {})
+    monkeypatch.setattr(select, "_chosen", {})
     clear_caches()
     yield folder
     monkeypatch.undo()
@@ -39,11 +38,11 @@ def nothing_built(tmp_path, monkeypatch) -> Path:
 
 
 def clear_caches() -> None:
-    extension._missing.cache_clear()
-    extension._library.cache_clear()
+    library.missing.cache_clear()
+    library.loaded.cache_clear()
 
 
-def test_no_compiler(nothing_built):
+def test_without_a_compiler_the_reason_names_it(nothing_built):
     reason = deltamem_kernels.backends()["cpu"].reason
     assert reason.startswith("no C++ compiler ('/nonexistent/c++' is not on PATH")
     with pytest.raises(BackendUnavailableError) as info:
@@ -54,8 +53,8 @@ def test_no_compiler(nothing_built):
     assert len(said) == 1
 
 
-def test_a_library_for_another_torch_and_no_compiler(nothing_built):
-    """Not loaded, whatever it is: the message names both releases and what is lacking."""
+def test_a_library_for_another_torch_is_not_loaded_without_a_compiler(nothing_built):
+    """The message names both releases and what is missing to rebuild."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     (nothing_built / f"_cpu_torch_2_11_0_0123456789ab{suffix}").write_bytes(b"no library")
     reason = deltamem_kernels.backends()["cpu"].reason
@@ -65,22 +64,22 @@ def test_a_library_for_another_torch_and_no_compiler(nothing_built):
         call("cpu")
 
 
-def test_no_sources(nothing_built):
+def test_without_sources_the_reason_names_them(nothing_built):
     shutil.rmtree(nothing_built / "csrc")
     build_tool = shutil.which("true") or sys.executable
     os.environ["CXX"] = build_tool  # restored with the rest
     clear_caches()
-    assert deltamem_kernels.backends()["cpu"].reason.startswith("the sources are missing (csrc/ is not beside")
+    assert deltamem_kernels.backends()["cpu"].reason.startswith("the sources are missing (csrc/ is not next to")
 
 
-def test_a_processor_without_kernels(nothing_built, monkeypatch):
+def test_a_processor_without_kernels_is_named(nothing_built, monkeypatch):
     monkeypatch.setattr(build.platform, "machine", lambda: "riscv64")
     assert deltamem_kernels.backends()["cpu"].reason == "the CPU kernels are not built for riscv64"
 
 
 def test_a_built_library_needs_no_compiler(nothing_built, monkeypatch):
-    """Neither ahead, in the package, nor in the cache."""
-    for path in (build.built_ahead(build.library_name()), extension._cached(build.library_name())):
+    """Whether it is in the package or in the cache."""
+    for path in (build.built_ahead(build.library_name()), library.cached(build.library_name())):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
         clear_caches()
@@ -88,20 +87,21 @@ def test_a_built_library_needs_no_compiler(nothing_built, monkeypatch):
         path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["package", "cache"])
 @pytest.mark.parametrize("content", ["empty", "text", "truncated"])
-def test_a_broken_library_is_named(nothing_built, stand_in_library, place, content):
-    """It is not removed behind the user's back; the message says which file it is and what to do."""
+def test_a_broken_library_is_named_and_kept(nothing_built, stand_in_library, place, content):
+    """The message names the file and says what to do."""
     whole = stand_in_library.read_bytes()
     name = build.library_name()
-    path = build.built_ahead(name) if place == "package" else extension._cached(name)
+    path = build.built_ahead(name) if place == "package" else library.cached(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes({"empty": b"", "text": b"no library", "truncated": whole[:100]}[content])
-    with pytest.raises(extension.BuildError) as info:
-        extension.library()
+    with pytest.raises(BuildError) as info:
+        library.load("cpu")
     assert path.name in str(info.value)
     assert "does not load" in str(info.value)
-    assert "remove it and it is built anew" in str(info.value)
+    assert "remove it and it is rebuilt" in str(info.value)
     with pytest.warns(UserWarning, match=f"backend 'cpu' cannot run on cpu: {path.name} does not load"):
         call()
     with pytest.raises(BackendUnavailableError, match="does not load"):
@@ -136,7 +136,7 @@ print("status:", *d.backends()["cpu"])
 
 
 def fallback(said: str) -> tuple[str, str, str]:
-    """The cause in the only warning, in the error, and in the status."""
+    """Return the reason given by the only warning, by the error and by the status."""
     cannot = "backend 'cpu' cannot run on cpu: "
     labels = (f"warned: deltamem_kernels: {cannot}", f"refused: {cannot}", "status: ")
     lines = said.splitlines()
@@ -147,21 +147,23 @@ def fallback(said: str) -> tuple[str, str, str]:
     return warned, refused, status
 
 
-def test_the_compilers_words_are_handed_on(stand_in, tmp_path):
-    """Where the sources do not compile, the message says what the compiler said."""
+@pytest.mark.slow
+def test_the_message_repeats_what_the_compiler_said(stand_in, tmp_path):
+    """Here the sources do not compile."""
     broken = tmp_path / "broken"
     shutil.copytree(stand_in, broken)
-    (broken / "csrc" / build.SOURCES[0]).write_text('#error "nobody can compile this"\n')
+    (broken / "csrc" / build.SOURCES[0]).write_text('#error "this cannot be compiled"\n')
     cache = tmp_path / "cache"
     cache.mkdir()
     warned, refused, _ = fallback(run_python(FALLBACK, broken, cache)[0])
     for said in (warned, refused):
         assert said.startswith("compiling it failed: ")
-        assert "nobody can compile this" in said
+        assert "this cannot be compiled" in said
     assert libraries(cache) == []
 
 
-def test_fallback_without_a_compiler(checkout, tmp_path):
+@pytest.mark.slow
+def test_the_reference_takes_over_without_a_compiler(checkout, tmp_path):
     out, err = run_python(FALLBACK, checkout, tmp_path, CXX="/nonexistent")
     warned, refused, status = fallback(out)
     assert warned == refused == status.removeprefix("False ")
@@ -185,8 +187,9 @@ sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.m
 """
 
 
-def test_import_without_triton_ninja_and_compilers(checkout, tmp_path):
-    """Nothing is probed at import; a call finds out and says what is lacking."""
+@pytest.mark.slow
+def test_the_package_imports_without_triton_ninja_and_compilers(checkout, tmp_path):
+    """Import probes nothing. A call finds out what is missing and says so."""
     program = WITHOUT.replace("MODULES", "('triton', 'ninja')") + FALLBACK
     program += "print('triton:', d.backends()['triton'].reason)\n"
     out, err = run_python(program, checkout, tmp_path, PATH=str(tmp_path), CXX="c++")
@@ -199,7 +202,8 @@ def test_import_without_triton_ninja_and_compilers(checkout, tmp_path):
     assert triton != "triton: "
 
 
-def test_fallback_without_setuptools(checkout, tmp_path):
+@pytest.mark.slow
+def test_the_reference_takes_over_without_setuptools(checkout, tmp_path):
     """torch imports it to compile. Python brings none since 3.12."""
     out, err = run_python(WITHOUT.replace("MODULES", "('setuptools',)") + FALLBACK, checkout, tmp_path)
     warned, refused, status = fallback(out)
@@ -208,9 +212,10 @@ def test_fallback_without_setuptools(checkout, tmp_path):
     assert err == ""
 
 
-def test_fallback_without_ninja(stand_in, tmp_path):
-    """There is a compiler, so the library seems to be at hand until it is compiled: the reason is in words all the
-    same. Scripts of the environment, where ninja lies, are found without being on PATH: here they are elsewhere."""
+@pytest.mark.slow
+def test_the_reference_takes_over_without_ninja(stand_in, tmp_path):
+    """There is a compiler, so the lack of ninja shows only when the library is compiled. The environment's scripts,
+    where ninja is, are found without being on PATH; here they are hidden."""
     hide = (
         "import sysconfig\n"
         "get_path = sysconfig.get_path\n"
@@ -229,8 +234,9 @@ def test_fallback_without_ninja(stand_in, tmp_path):
     assert set(err.splitlines()) == {NOTICE}
 
 
-def test_fallback_where_the_cache_cannot_be_written(stand_in, tmp_path):
-    """The place is a file."""
+@pytest.mark.slow
+def test_the_reference_takes_over_if_the_cache_cannot_be_written(stand_in, tmp_path):
+    """A file has its name."""
     (tmp_path / "file").write_text("")
     out, err = run_python(FALLBACK, stand_in, tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path / "file"))
     warned, refused, _ = fallback(out)
@@ -240,12 +246,11 @@ def test_fallback_where_the_cache_cannot_be_written(stand_in, tmp_path):
     assert set(err.splitlines()) == {NOTICE}
 
 
-def test_import_touches_nothing(checkout, tmp_path):
-    """No triton, no compiler, no GPU context: import is quick, and what is not used is not needed."""
+def test_import_loads_no_compiler_and_no_gpu(checkout, tmp_path):
     program = (
         "import sys, torch, deltamem_kernels\n"
-        "from deltamem_kernels import compat\n"
-        "lazy = ('triton', 'torch.utils.cpp_extension', 'setuptools', 'numpy.testing')\n"
+        "from deltamem_kernels import compat, testing\n"
+        "lazy = ('triton', 'torch.utils.cpp_extension', 'setuptools', 'numpy.testing', 'pytest')\n"
         "print([m for m in lazy if m in sys.modules], torch.cuda.is_initialized())\n"
     )
     out, err = run_python(program, checkout, tmp_path)
@@ -253,13 +258,15 @@ def test_import_touches_nothing(checkout, tmp_path):
     assert libraries(tmp_path) == []
 
 
-def test_backends_compiles_nothing(checkout, tmp_path):
+@pytest.mark.slow
+def test_asking_for_the_backends_compiles_nothing(checkout, tmp_path):
     program = "import deltamem_kernels; print(deltamem_kernels.backends()['cpu'])"
     out, err = run_python(program, checkout, tmp_path)
     assert (out, err) == ("BackendStatus(available=True, reason='')\n", "")
     assert libraries(tmp_path) == []
 
 
-@pytest.mark.parametrize("module", ["compat", "backends.extension"])
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["compat", "backends.native.library", "operands", "testing"])
 def test_every_module_can_be_imported_first(checkout, tmp_path, module):
     assert run_python(f"import deltamem_kernels.{module}", checkout, tmp_path) == ("", "")

@@ -1,4 +1,4 @@
-"""`MemoryCall`: whose calls it is for, and what it says of them."""
+"""`MemoryCall`: the calls that it applies to, and the states that it returns."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from models import VOCABULARY, logits, one_thread, remembering, tokens
-from problems import error
 from torch import Tensor
 from transformers import DynamicCache
 
 from deltamem_kernels.integrations.transformers import MemoryCall, get_memory, set_memory
 from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
+from deltamem_kernels.testing import relative_error
 
 __all__ = ["one_thread"]
 
@@ -29,8 +29,8 @@ def stream(model, states, ids) -> Iterator[Tensor]:
             yield logits(model, ids, use_cache=False)
 
 
-def test_a_call_over_a_yield_is_told_and_leaves_nothing_behind():
-    """Two conversations that each yield inside of their `with`, in turn: the first to close says what went wrong."""
+def test_a_call_left_open_over_a_yield_raises_and_ends():
+    """Two generators yield inside of their `with`, in turn. The first one to close raises."""
     model, ids = remembering(), tokens(1, 5)
     before = logits(model, ids, use_cache=False)
     first, second = (stream(model, some_states(model), ids) for _ in range(2))
@@ -41,8 +41,8 @@ def test_a_call_over_a_yield_is_told_and_leaves_nothing_behind():
     assert torch.equal(logits(model, ids, use_cache=False), before)
 
 
-def test_a_context_that_outlives_the_call_has_none():
-    """As a task of asyncio has that was begun inside of the `with`."""
+def test_a_context_that_outlives_the_call_is_outside_of_it():
+    """Such as the context of an asyncio task that was started inside of the `with`."""
     model, ids = remembering(), tokens(1, 5)
     before = logits(model, ids, use_cache=False)
     with MemoryCall(model, some_states(model)):
@@ -53,7 +53,7 @@ def test_a_context_that_outlives_the_call_has_none():
     assert torch.equal(copied.run(logits, model, ids, use_cache=False), before)
 
 
-def test_another_thread_is_outside_and_a_cache_is_not():
+def test_another_thread_is_outside_of_the_call_but_shares_the_cache():
     model, ids, found = remembering(), tokens(1, 5), []
     states = some_states(model)
     with MemoryCall(model, states):
@@ -75,7 +75,7 @@ def test_another_thread_is_outside_and_a_cache_is_not():
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 3}], ids=str)
 def test_states_are_those_of_the_cache(options):
-    """Without drafts that were taken back, and of the beams that were chosen."""
+    """Without the drafts that were rejected, and for the chosen beams."""
     model = remembering()
     usual = {"max_new_tokens": 7, "do_sample": False, "return_dict_in_generate": True}
     usual["eos_token_id"] = VOCABULARY  # which no model says
@@ -89,7 +89,7 @@ def test_states_are_those_of_the_cache(options):
             assert torch.equal(call.states[index], state)
 
 
-def test_states_stay_when_the_cache_goes_on():
+def test_states_of_a_call_do_not_change_with_the_cache():
     model, ids = remembering(), tokens(1, 6)
     cache = DynamicCache(config=model.config)
     with MemoryCall(model) as call:
@@ -98,10 +98,10 @@ def test_states_stay_when_the_cache_goes_on():
     logits(model, ids[:, 4:], cache=cache)
     for index, state in call.states.items():
         assert torch.equal(state, left[index])
-        assert error(get_memory(cache)[index], state) > 1e-3
+        assert relative_error(get_memory(cache)[index], state) > 1e-3
 
 
-def test_states_of_another_batch_are_told():
+def test_states_of_another_batch_raise():
     model, ids = remembering(), tokens(1, 5)
     states = some_states(model)
     options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}

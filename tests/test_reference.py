@@ -1,32 +1,28 @@
-"""The oracle itself: its gradients against finite differences, cases worked out by hand, and the laws that the delta
-rule obeys whatever the numbers are."""
+"""The reference: its gradients against finite differences. All backends: cases worked out by hand, and laws of the
+delta rule that hold for any numbers."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import FLOAT32_TOLERANCE, MODES, Problem, assert_close, cotangents_for, error, make
+from problems import GATES, MODES
 from torch import Tensor
 
 from deltamem_kernels import delta_update
-from deltamem_kernels.backends import extension
+from deltamem_kernels.backends.native import library
+from deltamem_kernels.testing import FLOAT32_TOLERANCE, Problem, assert_close_in_norm, relative_error, scan_problem
 
-GATE_FORMS = [  # mode, free decay, beta per head, decay per head
-    *itertools.product(("standard", "lambda_outside"), (False,), (False, True), (False,)),
-    *itertools.product(("standard", "lambda_outside"), (True,), (False, True), (False, True)),
-    *itertools.product(("no_lambda",), (False,), (False, True), (False,)),
-]
+pytestmark = pytest.mark.each_scan
 
 
 @pytest.mark.parametrize("layout", ["batch", "mask", "packed", "packed-mask"])
-@pytest.mark.parametrize(("mode", "decay", "beta_per_head", "decay_per_head"), GATE_FORMS)
+@pytest.mark.parametrize(("mode", "decay", "beta_per_head", "decay_per_head"), GATES)
 def test_gradients_are_those_of_finite_differences(mode, decay, beta_per_head, decay_per_head, layout):
-    problem = make(
+    problem = scan_problem(
         B=2,
         T=3,
         H=2 if layout == "batch" else 1,
@@ -39,14 +35,14 @@ def test_gradients_are_those_of_finite_differences(mode, decay, beta_per_head, d
         lengths=(2, 0, 1) if "packed" in layout else None,
         dtype=torch.float64,
     )
-    if "mask" in layout:  # whatever was drawn, both kinds of token are there
+    if "mask" in layout:  # one token of either kind
         problem.options["mask"][0, :2] = torch.tensor([True, False])
     assert finite_differences_agree(problem)
 
 
 def test_gradients_across_a_chunk_are_those_of_finite_differences():
-    """Past the 64 tokens after which a state is kept for backward."""
-    problem = make(B=1, T=66, H=1, R=2, mode="lambda_outside", decay=True, dtype=torch.float64)
+    """There are more than the 64 tokens after which a state is kept for backward."""
+    problem = scan_problem(B=1, T=66, H=1, R=2, mode="lambda_outside", decay=True, dtype=torch.float64)
     assert finite_differences_agree(problem, fast_mode=True)
 
 
@@ -99,7 +95,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("case", BY_HAND)
-def test_by_hand(implementation, case):
+def test_results_are_those_worked_out_by_hand(implementation, case):
     numbers, mode, reads, final_state = BY_HAND[case]
     operands = {n: on(implementation, x).unsqueeze(0) for n, x in numbers.items()}  # one sequence, one head
     state = on(implementation, STATE).unsqueeze(0)
@@ -108,8 +104,8 @@ def test_by_hand(implementation, case):
     assert torch.equal(out.final_state, on(implementation, final_state).unsqueeze(0))
 
 
-def test_a_masked_token_by_hand(implementation):
-    """It reads zeros and writes nothing: the state of the first token is read by the third."""
+def test_a_masked_token_reads_zeros_and_writes_nothing(implementation):
+    """The third token reads the state that the first one left."""
     operands = {
         "q": [[1, -1], [9, 9], [1, 2]], "k": [[2, 1], [9, 9], [0, 1]], "v": [[5, 7], [9, 9], [1, 1]],
         "beta": [[0.5, 0.25], [0.5, 0.5], [1, 0.5]],
@@ -147,7 +143,7 @@ SCALAR_BY_HAND = {
 
 
 @pytest.mark.parametrize(("mode", "decay"), SCALAR_BY_HAND)
-def test_gradients_by_hand(implementation, mode, decay):
+def test_gradients_are_those_worked_out_by_hand(implementation, mode, decay):
     final_state, gradients = SCALAR_BY_HAND[mode, decay]
     operands = {"q": 7.0, "k": 2.0, "v": 5.0, "beta": 0.25, "decay": decay, "initial_state": 3.0}
     leaves = {
@@ -161,7 +157,7 @@ def test_gradients_by_hand(implementation, mode, decay):
     assert {n: g.item() for n, g in zip(leaves, grads, strict=True)} == gradients
 
 
-# Laws. hypothesis draws the shapes and the seed of the numbers, and prints both where a law fails.
+# Laws. hypothesis draws the shapes and the seed of the numbers, and prints both if a law fails.
 
 law = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEEDS = st.integers(0, 2**31 - 1)
@@ -170,19 +166,19 @@ LENGTHS = st.sampled_from([1, 2, 5, 63, 64, 65, 70])
 
 
 def lawful(test: Callable) -> Callable:
-    """Runs a law on problems of any seed, rank, length and mode."""
+    """Run a law on problems of any seed, rank, length and mode."""
     return given(seed=SEEDS, R=RANKS, T=LENGTHS, mode=st.sampled_from(MODES))(law(test))
 
 
 @pytest.fixture
 def tokens_at_most(implementation) -> int:
-    """The interpreter takes milliseconds for a token."""
+    """The longest sequence: emulated, a token takes milliseconds."""
     return 4 if implementation.slow else 70
 
 
 @lawful
 def test_beta_of_zero_leaves_the_state(implementation, tokens_at_most, seed, R, T, mode):
-    """Bit for bit, with everything kept."""
+    """Bit for bit, where the decay keeps everything."""
     problem = drawn(implementation, tokens_at_most, seed, R, T, mode, decay=mode != "no_lambda")
     problem["beta"].zero_()
     if "decay" in problem:
@@ -193,12 +189,12 @@ def test_beta_of_zero_leaves_the_state(implementation, tokens_at_most, seed, R, 
 
 @lawful
 def test_no_lambda_stores_a_value_exactly(implementation, tokens_at_most, seed, R, T, mode):
-    """With beta = 1 and a unit key, what is read back with that key is the value, whatever was there before."""
+    """With beta = 1 and a unit key, a read with that key returns the value, whatever the state was."""
     problem = drawn(implementation, tokens_at_most, seed, R, T, "no_lambda")
     problem["beta"].fill_(1)
     problem["q"] = problem["k"].roll(1, dims=1)
     out = delta_update(**problem, backend=implementation.backend)
-    # What was there is subtracted as it is read, to the rounding of numbers of its size.
+    # The old value is subtracted as it is read, so the error is relative to its size.
     scale = problem["initial_state"].norm() + problem["v"].norm()
     if T > 1:
         assert (out.reads[:, 1:] - problem["v"][:, :-1]).norm() <= FLOAT32_TOLERANCE * scale
@@ -207,7 +203,7 @@ def test_no_lambda_stores_a_value_exactly(implementation, tokens_at_most, seed, 
 
 
 @lawful
-def test_linear_in_values(implementation, tokens_at_most, seed, R, T, mode):
+def test_results_are_linear_in_the_values(implementation, tokens_at_most, seed, R, T, mode):
     """From a state of zeros, reads and final state are linear in v."""
     problem = drawn(implementation, tokens_at_most, seed, R, T, mode, state=False)
     one, other = problem.pop("v"), torch.randn_like(problem["q"])
@@ -219,7 +215,7 @@ def test_linear_in_values(implementation, tokens_at_most, seed, R, T, mode):
 
 @lawful
 def test_a_permutation_of_the_batch_permutes_the_results(implementation, tokens_at_most, seed, R, T, mode):
-    """Bit for bit: nobody sees where in the batch a sequence stands."""
+    """Bit for bit."""
     problem = drawn(implementation, tokens_at_most, seed, R, T, mode, B=3)
     order = torch.randperm(3).to(implementation.device)
     permuted = {n: x[order] if isinstance(x, Tensor) else x for n, x in problem.items()}
@@ -241,7 +237,7 @@ def test_reversing_the_heads_reverses_the_results(implementation, tokens_at_most
 
 @lawful
 def test_without_values_results_scale_with_the_initial_state(implementation, tokens_at_most, seed, R, T, mode):
-    """By a power of two, which only moves exponents: bit for bit, as long as nothing decays to a subnormal number."""
+    """By a power of two, bit for bit, if nothing decays to a subnormal number."""
     problem = drawn(implementation, tokens_at_most, seed, R, T, mode)
     problem["v"].zero_()
     problem["beta"] = 0.1 * problem["beta"]
@@ -254,64 +250,65 @@ def test_without_values_results_scale_with_the_initial_state(implementation, tok
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_tokens_return_the_initial_state(implementation, mode, dtype):
-    problem = make(T=0, mode=mode, dtype=dtype).to(device=implementation.device)
-    out = problem.forward(implementation.backend)
+    problem = scan_problem(T=0, mode=mode, dtype=dtype).to(device=implementation.device)
+    out = problem.run(implementation.backend)
     assert out["reads"].shape == (2, 0, 2, 8)
     assert torch.equal(out["final_state"], problem.operands["initial_state"].to(out["final_state"].dtype))
     del problem.operands["initial_state"]
-    assert torch.count_nonzero(problem.forward(implementation.backend)["final_state"]) == 0
+    assert torch.count_nonzero(problem.run(implementation.backend)["final_state"]) == 0
 
 
 @lawful
-def test_split_in_two_calls(implementation, tokens_at_most, seed, R, T, mode):
-    """At any cut, with the state carried over: the same values and gradients as in one call."""
+def test_splitting_a_sequence_across_calls_does_not_change_the_result(implementation, tokens_at_most, seed, R, T, mode):
+    """In values and gradients, if the second call starts from the state of the first."""
     problem = drawn(implementation, tokens_at_most, seed, R, T, mode, decay=mode != "no_lambda", H=1)
     cut = int(torch.randint(0, problem["q"].shape[1] + 1, ()))
     whole, split = both_ways(problem, cut, implementation.backend)
-    assert_close(split, whole, FLOAT32_TOLERANCE)
+    assert_close_in_norm(split, whole, FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_split_at_every_cut(implementation, mode):
-    """Over two chunks and a bit: before the first token, between any two, and behind the last."""
+def test_a_sequence_may_be_split_at_every_token(implementation, mode):
+    """Of more than two chunks: before the first token, between any two, and after the last."""
     T = 2 * implementation.chunk + 2
     if implementation.slow or implementation.backend == "reference":
-        T = 5 if implementation.chunked else 3  # a token costs much time; with chunks, they are of four
-    problem = make(B=1, T=T, H=1, R=3 if implementation.slow else 8, mode=mode).to(device=implementation.device)
-    every = 1 if implementation.slow or not implementation.chunked else 13  # a CPU chooses chunks for nobody
+        T = 5 if implementation.chunked else 3  # a token takes long; a chunk has four
+    problem = scan_problem(B=1, T=T, H=1, R=3 if implementation.slow else 8, mode=mode).to(device=implementation.device)
+    every = 1 if implementation.slow or not implementation.chunked else 13  # a CPU never chooses chunks by itself
     for cut in range(0, T + 1, every):
         whole, split = both_ways({**problem.operands, **problem.options}, cut, implementation.backend)
-        assert_close(split, whole, FLOAT32_TOLERANCE)
+        assert_close_in_norm(split, whole, FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("isa", extension.library().isas())
+@pytest.mark.parametrize("isa", library.load("cpu").isas())
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("R", [3, 4, 8, 16])
 @pytest.mark.parametrize("cut", [64, 128])
-def test_split_between_chunks_has_the_same_bits_on_cpu(isa, cut, R, mode):
-    """A cut where a chunk ends anyhow changes nothing in the order of the arithmetic."""
-    problem = make(B=1, T=150, H=1, R=R, mode=mode)
-    library = extension.library()
-    before = library.isa()
-    library.use_isa(isa)
+def test_splitting_between_chunks_does_not_change_a_bit_on_a_cpu(isa, cut, R, mode):
+    """Such a split keeps the order of the arithmetic."""
+    problem = scan_problem(B=1, T=150, H=1, R=R, mode=mode)
+    kernels = library.load("cpu")
+    before = kernels.isa()
+    kernels.use_isa(isa)
     try:
         whole, split = both_ways({**problem.operands, **problem.options}, cut, "cpu")
     finally:
-        library.use_isa(before)
+        kernels.use_isa(before)
     assert torch.equal(split["reads"], whole["reads"])
     assert torch.equal(split["final_state"], whole["final_state"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_million_tokens_do_not_drift(mode):
-    """float32 against float64 with the same kernels, which test_parity holds to the oracle. Gates near 0.01 keep a
-    memory of hundreds of tokens; no_lambda never forgets what no key asks for."""
+    """float32 is compared with float64 in the same kernels. Gates near 0.01 keep a memory of hundreds of tokens.
+    no_lambda never forgets what no key overwrites."""
     T = 1_000_000
-    problem = make(B=1, T=T, H=1, R=8, mode=mode)
+    problem = scan_problem(B=1, T=T, H=1, R=8, mode=mode)
     problem.operands["beta"] = 0.01 * problem.operands["beta"]
-    ours, exact = problem.forward("cpu"), problem.to(torch.float64).forward("cpu")
-    assert error(ours["final_state"], exact["final_state"]) <= FLOAT32_TOLERANCE
-    assert error(ours["reads"][:, -1000:], exact["reads"][:, -1000:]) <= FLOAT32_TOLERANCE
+    ours, exact = problem.run("cpu"), problem.to(dtype=torch.float64).run("cpu")
+    assert relative_error(ours["final_state"], exact["final_state"]) <= FLOAT32_TOLERANCE
+    assert relative_error(ours["reads"][:, -1000:], exact["reads"][:, -1000:]) <= FLOAT32_TOLERANCE
 
 
 def on(implementation, numbers: object) -> Tensor:
@@ -319,20 +316,20 @@ def on(implementation, numbers: object) -> Tensor:
 
 
 def drawn(implementation, tokens_at_most: int, seed: int, R: int, T: int, mode: str, **form) -> dict:
-    """A problem from a seed that hypothesis drew, as arguments of delta_update."""
+    """Return a problem from a seed that hypothesis drew, as arguments of delta_update."""
     torch.manual_seed(seed)
     if implementation.slow:
         R = min(R, 5)
-    problem = make(T=min(T, tokens_at_most), R=R, mode=mode, **form).to(device=implementation.device)
+    problem = scan_problem(T=min(T, tokens_at_most), R=R, mode=mode, **form).to(device=implementation.device)
     return {**problem.operands, **problem.options}
 
 
 def both_ways(problem: dict, cut: int, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Values and gradients in one call, and in two that hand the state over."""
+    """Return values and gradients of one call, and of two with the state passed from the first to the second."""
     options = {n: x for n, x in problem.items() if not isinstance(x, Tensor)}
     operands = {n: x for n, x in problem.items() if isinstance(x, Tensor)}
-    whole = Problem(operands, options)
-    weights = {n: x.to(operands["q"].device) for n, x in cotangents_for(whole.to(device="cpu")).items()}
+    whole = Problem(delta_update, operands, options)
+    weights = whole.cotangents()
     leaves = {n: x.detach().requires_grad_() for n, x in operands.items()}
     state = leaves["initial_state"]
     pieces = []
@@ -343,4 +340,4 @@ def both_ways(problem: dict, cut: int, backend: str) -> tuple[dict[str, Tensor],
     out = {"reads": torch.cat(pieces, dim=1), "final_state": state}
     grads = torch.autograd.grad([out[n] for n in weights], list(leaves.values()), list(weights.values()))
     split = {n: x.detach() for n, x in out.items()} | {f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}
-    return whole.forward_backward(backend, weights), split
+    return whole.run_with_gradients(backend, weights), split

@@ -53,7 +53,7 @@ def every_text() -> list[str]:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A model and its tokenizer on disk."""
+    """A folder with a model and its tokenizer."""
     folder = tmp_path_factory.mktemp("backbone")
     found = sorted({word for text in every_text() for word in re.findall(r"\w+|[^\w\s]", text)})
     vocabulary = {word: index for index, word in enumerate([*MARKUP, *found])}
@@ -106,8 +106,8 @@ def test_train_and_held_out_share_no_fact_and_no_template():
         world.episode_of("poems", "train", 1, rng)
 
 
-def test_dialogues(monkeypatch):
-    """Each is of one part, and the answer is what was said next."""
+def test_a_dialogue_is_of_one_part_and_its_answer_comes_next(monkeypatch):
+    """The parts are train and held-out."""
     spoken = [[f"dialogue {i} says {j}" for j in range(9)] for i in range(40)]
     module = types.SimpleNamespace(ConversationDataset=lambda: (iter(dialogue) for dialogue in spoken))
     monkeypatch.setitem(sys.modules, "chitchat_dataset", module)
@@ -127,7 +127,7 @@ def test_a_step_trains_the_memory_alone(folder, strategy):
     ours = trainer(folder, strategy=strategy, accumulate=2, tasks="facts,recall", gap=6)
     before = {name: x.clone() for name, x in ours.model.named_parameters()}
     ours.advance()
-    ours.advance()  # in the first step the corrections are zero, and nothing behind them has a gradient
+    ours.advance()  # in the first step the corrections are zero, and nothing before them has a gradient
     after = dict(ours.model.named_parameters())
     changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
     assert changed == set(ours.weights)
@@ -136,7 +136,7 @@ def test_a_step_trains_the_memory_alone(folder, strategy):
     assert state.shape[1] == (4 if strategy == "msw" else 1)
 
 
-def test_killed_and_resumed_is_uninterrupted(folder, tmp_path):
+def test_a_killed_and_resumed_run_is_an_uninterrupted_one(folder, tmp_path):
     whole = trainer(folder, seed=3, gap=6)
     whole.run(tmp_path, save_every=100)
     assert len(whole.losses) == 5
@@ -164,7 +164,7 @@ def test_killed_and_resumed_is_uninterrupted(folder, tmp_path):
         trainer(folder, seed=3, gap=6, steps=9, rank=2).resume(tmp_path)
 
 
-def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     write_whole(tmp_path / "file", b"old")
     monkeypatch.setattr("os.fsync", lambda file: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -172,8 +172,8 @@ def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
 
 
-def test_batches_and_contexts_change_no_answer(folder):
-    """Padding, and the neighbours of a passage; and keys and values kept give what one sequence gives."""
+def test_batches_and_caches_do_not_change_an_answer(folder):
+    """Neither do padding or the other passages. Kept keys and values give what one sequence gives."""
     ours = trainer(folder, most=3)
     with torch.no_grad():
         for weight in ours.weights.values():
@@ -214,7 +214,7 @@ def test_batches_and_contexts_change_no_answer(folder):
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
-def test_values_start_with_what_passages_differ_in(folder, strategy):
+def test_calibrated_values_are_centred(folder, strategy):
     ours = trainer(folder, strategy=strategy, batch=16)
     ours.calibrate()
     memory = ours.model.model.layers[1].self_attn.delta_memory
@@ -236,8 +236,8 @@ def test_values_start_with_what_passages_differ_in(folder, strategy):
     assert all(torch.equal(x, again.weights[name]) for name, x in ours.weights.items())
 
 
-def test_a_session(folder):
-    """Calls of a few tokens in turn; a state in bfloat16 between them is rounded, and no other."""
+def test_a_session_rounds_states_only_if_told(folder):
+    """A session is a series of calls of a few tokens. Between them the state may be rounded to bfloat16."""
     ours = trainer(folder)
     ours.calibrate()
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_a_session(folder):
 
 @pytest.mark.parametrize("writes", [True, False])
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
-def test_what_a_memory_changes_of_other_text(folder, strategy, writes):
+def test_drift_is_zero_until_the_memory_corrects(folder, strategy, writes):
     ours = trainer(folder, strategy=strategy)
     windows = torch.randint(4, 200, (2, 9))
     states = write(ours.model, ours.lessons.batch(0))
@@ -277,7 +277,7 @@ def test_what_a_memory_changes_of_other_text(folder, strategy, writes):
     assert all(weight.grad.abs().sum() > 0 for name, weight in ours.weights.items() if "delta_o_proj" in name)
 
 
-def test_intervals():
+def test_intervals_cover_the_mean_and_widen_with_clusters():
     values = (torch.arange(200) % 4 == 0).float()
     found = interval(values, torch.arange(200))
     assert found["mean"] == 0.25
@@ -305,8 +305,8 @@ def test_the_defaults_are_those_of_tsw():
     assert {name: getattr(settings, name) for name in BY_STRATEGY["tsw"]} == BY_STRATEGY[settings.strategy]
 
 
-def test_seeds_are_one_row():
-    """Apart means for each seed: the intervals of all of them, from end to end."""
+def test_seeds_are_averaged_in_one_row():
+    """The interval of the row covers the intervals of all seeds."""
 
     def of(low: float, high: float) -> dict:
         return {"mean": (low + high) / 2, "low": low, "high": high}
@@ -328,8 +328,9 @@ def test_seeds_are_one_row():
     assert "| read only | -0.53 % [-1.00, +0.00] | -0.55 % [-1.00, -0.10] |" in price
 
 
-def test_train_then_evaluate_in_new_processes(folder, tmp_path):
-    """The commands; and what a new process loads gives the table that a load in this one gives."""
+@pytest.mark.slow
+def test_the_commands_train_and_evaluate_in_new_processes(folder, tmp_path):
+    """The table of the new process is the one that this process computes from the same files."""
     run, results = tmp_path / "run", tmp_path / "results.json"
     train = ["train.py", run, "--model", folder, "--steps", "3", "--batch", "2", "--dtype", "float32"]
     small = ["--passages", "5", "--facts", "1", "--recall", "2", "--dialogues", "0", "--windows", "2", "--window", "24"]
@@ -366,7 +367,7 @@ def test_train_then_evaluate_in_new_processes(folder, tmp_path):
 
 
 def near(table: dict) -> object:
-    """To the rounding of a sum: processes differ in how many threads share one."""
+    """Allow for the rounding of a sum, which depends on the number of threads."""
     return pytest.approx(flat(table), rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""What calls of delta_update keep and hold up: memory, references, other threads of Python."""
+"""Memory, references and threads during calls of delta_update."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from problems import MODES, Problem, cotangents_for, leaves_of, make, small, weights_of
+from problems import MODES, leaves_of, small
 from torch import Tensor
 
 from deltamem_kernels import delta_update
+from deltamem_kernels.testing import scan_problem
+
+pytestmark = pytest.mark.each_scan
 
 
 @pytest.mark.parametrize("without_heads", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_kept_for_backward(implementation, dtype, without_heads):
-    """Beyond the operands themselves, one state for every 64 tokens: no copies, however the operands are strided."""
+def test_backward_keeps_one_state_for_every_chunk(implementation, dtype, without_heads):
+    """Besides the operands it keeps no copies, also of strided ones."""
     T = 2 * implementation.chunk + 2 if implementation.slow else 8192
-    problem = make(B=1, T=T, H=1, R=8, decay=True, mask=True, fenced=True, dtype=dtype)
+    problem = scan_problem(B=1, T=T, H=1, R=8, decay=True, mask=True, fenced=True, dtype=dtype)
     problem.operands["v"] = problem.operands["v"].float()
     leaves = {n: x.to(implementation.device).requires_grad_() for n, x in problem.operands.items()}
     mask = problem.options["mask"].to(implementation.device)
@@ -45,10 +48,10 @@ def test_memory_kept_for_backward(implementation, dtype, without_heads):
     assert out.reads.requires_grad
 
 
-def test_results_are_freed_at_once(implementation):
-    """By reference counts alone: nothing points at itself and waits for the garbage collector."""
+def test_results_are_freed_without_the_garbage_collector(implementation):
+    """There are no cycles of references."""
     problem = small(implementation)
-    leaves, weights = leaves_of(problem), weights_of(problem)
+    leaves, weights = leaves_of(problem), problem.cotangents()
     gc.collect()
     gc.disable()
     try:
@@ -65,7 +68,7 @@ def test_results_are_freed_at_once(implementation):
 
 def test_many_calls_leave_no_tensors(implementation):
     problem = small(implementation)
-    weights = weights_of(problem)
+    weights = problem.cotangents()
 
     def tensors() -> int:
         gc.collect()
@@ -73,48 +76,49 @@ def test_many_calls_leave_no_tensors(implementation):
 
     def calls() -> None:
         for _ in range(3 if implementation.slow else 10):
-            problem.forward_backward(implementation.backend, weights)
-            problem.forward(implementation.backend)
+            problem.run_with_gradients(implementation.backend, weights)
+            problem.run(implementation.backend)
 
-    calls()  # what is kept for good, is there now
+    calls()  # allocates what is kept for good
     before = tensors()
     calls()
     assert tensors() == before
 
 
-def test_many_calls_leave_no_memory_behind():
-    """Below Python, too: hundreds of calls that allocate 2 MB and more each."""
-    problem = make(B=1, T=8192, H=4, R=16)
-    weights = cotangents_for(Problem(problem.operands, problem.options))
+@pytest.mark.slow
+def test_many_calls_leave_no_memory():
+    """Nor below Python, after a hundred calls of more than 2 MB each."""
+    problem = scan_problem(B=1, T=8192, H=4, R=16)
+    weights = problem.cotangents()
 
     def peak() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    problem.forward_backward("cpu", weights)
+    problem.run_with_gradients("cpu", weights)
     before, calls = peak(), 100
     for _ in range(calls):
-        problem.forward_backward("cpu", weights)
+        problem.run_with_gradients("cpu", weights)
     one_call = 6 * problem.operands["q"].nbytes + 8192 // 64 * 4 * 16 * 16 * 4  # reads, five gradients, checkpoints
     assert peak() - before < calls * one_call / 20
 
 
-# Threads of Python
+# Threads
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_many_threads_at_once(backend):
-    """Right results, the same bits as one after the other: the kernels' own memory belongs to a thread."""
+def test_calls_from_many_threads_have_the_same_bits(backend):
+    """As one after the other: each thread has its own buffers."""
     T = 20 if backend == "reference" else 200
-    problems = [make(T=T + i, H=1 + i % 3, R=(3, 4, 8, 16)[i % 4], mode=MODES[i % 3]) for i in range(16)]
-    weights = [cotangents_for(p) for p in problems]
-    expected = [p.forward_backward(backend, w) for p, w in zip(problems, weights, strict=True)]
+    problems = [scan_problem(T=T + i, H=1 + i % 3, R=(3, 4, 8, 16)[i % 4], mode=MODES[i % 3]) for i in range(16)]
+    weights = [p.cotangents() for p in problems]
+    expected = [p.run_with_gradients(backend, w) for p, w in zip(problems, weights, strict=True)]
     together = threading.Barrier(8)
 
     def work(first: int) -> list[tuple[int, dict[str, Tensor]]]:
         together.wait()
         rounds = range(1 if backend == "reference" else 10)
-        return [(i, problems[i].forward_backward(backend, weights[i])) for _ in rounds for i in (first, 15 - first)]
+        return [(i, problems[i].run_with_gradients(backend, weights[i])) for _ in rounds for i in (first, 15 - first)]
 
     with ThreadPoolExecutor(8) as pool:
         for i, ours in itertools.chain.from_iterable(pool.map(work, range(8))):
@@ -122,10 +126,11 @@ def test_many_threads_at_once(backend):
                 assert torch.equal(ours[name], x), f"{name} of problem {i}"
 
 
-def test_other_threads_run_during_a_call():
-    """The GIL is released in the kernels. Nobody is forced to hand it over while this test runs, so a counting thread
-    gets on only while it is free: a few steps where a call begins and ends, thousands in the kernels' time. Backward
-    has more than twice forward's work, and holds up others for none of it either."""
+@pytest.mark.slow
+def test_the_gil_is_released_during_a_call():
+    """The interpreter does not switch threads during this test, so a counting thread advances only while the GIL is
+    free: a few steps where a call begins and ends, thousands while kernels run. Backward has more than twice the work
+    of forward."""
     x = torch.rand(1, 2_000_000, 1, 4)
     operands = [x.clone().requires_grad_() for _ in range(4)]
     out, cotangent = delta_update(*operands, backend="cpu"), torch.ones_like(x)
@@ -159,8 +164,8 @@ def test_other_threads_run_during_a_call():
         stop = True
         sys.setswitchinterval(interval)
         other.join()
-    # The first call starts threads and the like. In the others, the least counts: where the GIL is held, others get on
-    # when the system happens to stop this thread just where a call begins or ends, and not in each of five.
+    # The first call starts threads. Of the others take the smallest count: with the GIL held, the other thread advances
+    # only if the system stops this one just where a call begins or ends, which does not happen in each of five.
     in_forward, in_backward = (min(during[1:]) for during in progress.values())
     assert in_forward > 300, progress
     assert in_backward > in_forward, progress

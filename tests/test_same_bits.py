@@ -1,17 +1,20 @@
-"""The promises that a user of delta_update builds on: the same bits on every run, whatever stands beside; operands
-are left alone."""
+"""delta_update is bitwise deterministic and batch-invariant, NaN stays where it is, and operands are not changed."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from problems import FLOAT32_TOLERANCE, MODES, NAMES, Problem, assert_close, cotangents_for, make, small, weights_of
+from problems import MODES, NAMES, small
 from torch import Tensor
 
 from deltamem_kernels import delta_update
+from deltamem_kernels.testing import FLOAT32_TOLERANCE, Problem, assert_close_in_norm, scan_problem
+
+pytestmark = pytest.mark.each_scan
 
 
 @pytest.fixture
@@ -24,23 +27,23 @@ def _threads() -> Iterator[None]:
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("R", [4, 5, 8, 16])
 def test_every_run_has_the_same_bits(implementation, R):
-    """On one thread or several, which share sequences and heads among them."""
+    """On any number of threads."""
     sizes = {"R": R} if implementation.slow else {"B": 4, "T": 200, "H": 4, "R": R}
     problem = small(implementation, **sizes)
-    weights = weights_of(problem)
-    first = problem.forward_backward(implementation.backend, weights)
+    weights = problem.cotangents()
+    first = problem.run_with_gradients(implementation.backend, weights)
     for threads in (1,) if implementation.slow else (1, 2, 3, 1):
         torch.set_num_threads(threads)
-        again = problem.forward_backward(implementation.backend, weights)
+        again = problem.run_with_gradients(implementation.backend, weights)
         for name, x in first.items():
             assert torch.equal(again[name], x), f"{name} on {threads} threads"
 
 
 def alone(problem: Problem, weights: dict[str, Tensor], start: int, stop: int, n: int) -> tuple[Problem, dict]:
-    """Sequence n of a packed problem as a batch of one, and its share of the weights."""
+    """Return sequence n of a packed problem as a batch of one, and its part of the cotangents."""
     cut = {m: x[n : n + 1] if m == "initial_state" else x[:, start:stop] for m, x in problem.operands.items()}
     options = {m: x for m, x in problem.options.items() if m != "cu_seqlens"}
-    return Problem(cut, options), {
+    return replace(problem, operands=cut, options=options), {
         "reads": weights["reads"][:, start:stop],
         "final_state": weights["final_state"][n : n + 1],
     }
@@ -48,21 +51,22 @@ def alone(problem: Problem, weights: dict[str, Tensor], start: int, stop: int, n
 
 @pytest.mark.parametrize("R", [4, 5, 8, 16])
 @pytest.mark.parametrize("lengths", [(70, 70, 70), (65, 130, 1, 64)], ids=str)
-def test_neighbours_do_not_matter(implementation, lengths, R):
-    """Each sequence alone, packed with others, and in a batch where the shorter ones are padded behind and masked:
-    the same bits, values and gradients."""
+def test_a_sequence_has_the_same_bits_alone_packed_and_in_a_batch(implementation, lengths, R):
+    """In values and gradients. In the batch, shorter sequences have masked padding at their end."""
     if implementation.slow:
-        stand_beside(implementation, tuple(min(n, 3 + n % 3) for n in lengths[:2]), MODES[R % 3], R)
+        check_company(implementation, tuple(min(n, 3 + n % 3) for n in lengths[:2]), MODES[R % 3], R)
     else:
         for mode in MODES:
-            stand_beside(implementation, lengths, mode, R)
+            check_company(implementation, lengths, mode, R)
 
 
-def stand_beside(implementation, lengths: tuple[int, ...], mode: str, R: int) -> None:
-    problem = make(lengths=lengths, H=1 if implementation.slow else 2, R=R, mode=mode).to(device=implementation.device)
-    weights = weights_of(problem)
+def check_company(implementation, lengths: tuple[int, ...], mode: str, R: int) -> None:
+    problem = scan_problem(lengths=lengths, H=1 if implementation.slow else 2, R=R, mode=mode).to(
+        device=implementation.device
+    )
+    weights = problem.cotangents()
     bounds = [0, *itertools.accumulate(lengths)]
-    packed = problem.forward_backward(implementation.backend, weights)
+    packed = problem.run_with_gradients(implementation.backend, weights)
 
     longest = max(lengths)
     batch = {
@@ -76,30 +80,32 @@ def stand_beside(implementation, lengths: tuple[int, ...], mode: str, R: int) ->
         "reads": torch.cat([pad(weights["reads"][:, a:b], longest) for a, b in itertools.pairwise(bounds)]),
         "final_state": weights["final_state"],
     }
-    batched = Problem(batch, options).forward_backward(implementation.backend, padded_weights)
+    batched = replace(problem, operands=batch, options=options).run_with_gradients(
+        implementation.backend, padded_weights
+    )
 
     for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
         by_itself, its_weights = alone(problem, weights, start, stop, n)
-        for name, x in by_itself.forward_backward(implementation.backend, its_weights).items():
+        for name, x in by_itself.run_with_gradients(implementation.backend, its_weights).items():
             of_state = name.removeprefix("d_") in ("initial_state", "final_state")
             here = packed[name][n : n + 1] if of_state else packed[name][:, start:stop]
             assert torch.equal(here, x), f"{name} of sequence {n}, packed"
             here = batched[name][n : n + 1] if of_state else batched[name][n : n + 1, : stop - start]
             if implementation.chunked and implementation.device == "cpu" and not implementation.slow:
-                # There no padding is left out; a CPU chooses the chunked scan for nobody.
-                assert_close({name: here}, {name: x}, FLOAT32_TOLERANCE)
+                # There padding is not skipped. A CPU never chooses the chunked scan by itself.
+                assert_close_in_norm({name: here}, {name: x}, FLOAT32_TOLERANCE)
             else:
                 assert torch.equal(here, x), f"{name} of sequence {n}, in a batch"
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_padding_in_front_does_not_matter(implementation, row):
-    """Masked tokens before a sequence, more than a chunk of them, and none that counts in another row, before or behind
-    it: as without them. Where chunks are counted from the first token that counts, the same bits."""
+def test_leading_padding_does_not_change_the_result(implementation, row):
+    """There are more masked tokens than a chunk holds, and another row, before or after, has only masked tokens. Where
+    chunks are counted from the first token that is not masked, the bits are the same."""
     T, padding = (9, 11) if implementation.slow else (150, 130)
-    problem = make(B=1, T=T, H=2).to(device=implementation.device)
-    weights = weights_of(problem)
-    by_itself = problem.forward_backward(implementation.backend, weights)
+    problem = scan_problem(B=1, T=T, H=2).to(device=implementation.device)
+    weights = problem.cotangents()
+    by_itself = problem.run_with_gradients(implementation.backend, weights)
 
     def before(x: Tensor) -> Tensor:
         return torch.cat([x.new_full((1, padding, *x.shape[2:]), float("nan")), x], dim=1).repeat(
@@ -110,12 +116,14 @@ def test_padding_in_front_does_not_matter(implementation, row):
     mask = torch.ones(2, padding + T, dtype=torch.bool, device=implementation.device)
     mask[row, :padding] = mask[1 - row] = False
     its_weights = {"reads": before(weights["reads"]), "final_state": weights["final_state"].repeat(2, 1, 1, 1)}
-    padded = Problem(operands, {"mask": mask}).forward_backward(implementation.backend, its_weights)
+    padded = replace(problem, operands=operands, options={**problem.options, "mask": mask}).run_with_gradients(
+        implementation.backend, its_weights
+    )
     for name, x in by_itself.items():
         of_state = name.removeprefix("d_") in ("initial_state", "final_state")
         here = padded[name][row : row + 1] if of_state else padded[name][row : row + 1, padding:]
-        if implementation.backend in ("cpu", "cuda"):  # whose chunks begin with the row
-            assert_close({name: here}, {name: x}, FLOAT32_TOLERANCE)
+        if implementation.backend in ("cpu", "cuda"):  # their chunks begin with the row
+            assert_close_in_norm({name: here}, {name: x}, FLOAT32_TOLERANCE)
         else:
             assert torch.equal(here, x), name
     assert torch.equal(padded["final_state"][1 - row], problem.operands["initial_state"][0])
@@ -124,7 +132,7 @@ def test_padding_in_front_does_not_matter(implementation, row):
 
 
 def pad(x: Tensor, length: int) -> Tensor:
-    """More tokens behind, of numbers that would show."""
+    """Append tokens of numbers that would show."""
     return torch.cat([x, x.new_full((1, length - x.shape[1], *x.shape[2:]), 0.5)], dim=1)
 
 
@@ -132,12 +140,12 @@ def pad(x: Tensor, length: int) -> Tensor:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("poisoned", NAMES)
 def test_nan_stays_in_its_sequence_and_head(implementation, poisoned, packed, R):
-    """All others have the bits they have beside a sound neighbour, though vectors hold several of them at once; and
-    the sick one is not made to look well."""
+    """All others have the same bits as without it, although vectors hold several of them. The NaN shows in its own
+    results."""
     N, H, length = (2, 2, 3) if implementation.slow else (3, 3, 70)
     shape = {"lengths": (length,) * N} if packed else {"B": N, "T": length}
-    problem = make(H=H, R=R, decay=True, **shape).to(device=implementation.device)
-    weights = weights_of(problem)
+    problem = scan_problem(H=H, R=R, decay=True, **shape).to(device=implementation.device)
+    weights = problem.cotangents()
 
     def heads(x: Tensor, name: str) -> Tensor:
         """A view as `[N, H, ...]`."""
@@ -145,43 +153,42 @@ def test_nan_stays_in_its_sequence_and_head(implementation, poisoned, packed, R)
             return x
         return x.view(N, length, H, R).transpose(1, 2)
 
-    sound = problem.forward_backward(implementation.backend, weights)
+    clean = problem.run_with_gradients(implementation.backend, weights)
     heads(problem.operands[poisoned], poisoned)[1, 1, 1 if poisoned != "initial_state" else 0] = float("nan")
-    sick = problem.forward_backward(implementation.backend, weights)
+    dirty = problem.run_with_gradients(implementation.backend, weights)
     others = torch.ones(N, H, dtype=torch.bool, device=implementation.device)
     others[1, 1] = False
-    for name in sound:
-        assert torch.equal(heads(sick[name], name)[others], heads(sound[name], name)[others]), name
-    assert heads(sick["reads"], "reads")[1, 1].isnan().any()
-    assert sick["final_state"][1, 1].isnan().any() == (poisoned != "q")
+    for name in clean:
+        assert torch.equal(heads(dirty[name], name)[others], heads(clean[name], name)[others]), name
+    assert heads(dirty["reads"], "reads")[1, 1].isnan().any()
+    assert dirty["final_state"][1, 1].isnan().any() == (poisoned != "q")
 
 
-def test_masked_tokens_see_neither_a_sick_state_nor_sick_gradients(implementation):
-    """They read zeros where the state is NaN, and a NaN handed back for their reads goes nowhere."""
+def test_masked_tokens_pass_on_no_nan_of_the_state_or_of_gradients(implementation):
+    """They read zeros from a state of NaN. A NaN in the gradient of their reads reaches no operand."""
     problem = small(implementation)
     tokens = problem.operands["q"].shape[1]
     mask = torch.arange(tokens, device=implementation.device).expand(problem.operands["q"].shape[:2]) % 3 != 1
     problem.options["mask"] = mask
-    weights = weights_of(problem)
+    weights = problem.cotangents()
     weights["reads"][~mask] = 0
-    sound = problem.forward_backward(implementation.backend, weights)
+    clean = problem.run_with_gradients(implementation.backend, weights)
     weights["reads"][~mask] = float("nan")
-    for name, x in problem.forward_backward(implementation.backend, weights).items():
-        assert torch.equal(x, sound[name]), name
+    for name, x in problem.run_with_gradients(implementation.backend, weights).items():
+        assert torch.equal(x, clean[name]), name
     problem.operands["initial_state"].fill_(float("nan"))
-    reads = problem.forward(implementation.backend)["reads"]
+    reads = problem.run(implementation.backend)["reads"]
     assert torch.count_nonzero(reads[~mask]) == 0
     assert reads[mask].isnan().all()
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_arguments_stay_as_they_were(implementation, packed):
+def test_arguments_are_not_changed(implementation, packed):
     length = 3 if implementation.slow else 70
     shape = {"lengths": (length, 1)} if packed else {"T": length}
-    problem = make(H=1, R=4, decay=True, mask=True, fenced=True, **shape)
-    leaves = {n: x.to(implementation.device).requires_grad_() for n, x in problem.operands.items()}
-    options = {n: x.to(implementation.device) if isinstance(x, Tensor) else x for n, x in problem.options.items()}
-    weights = {n: x.to(implementation.device) for n, x in cotangents_for(problem).items()}
+    problem = scan_problem(H=1, R=4, decay=True, mask=True, fenced=True, device=implementation.device, **shape)
+    leaves, options = {n: x.requires_grad_() for n, x in problem.operands.items()}, problem.options
+    weights = problem.cotangents()
     arguments = {**leaves, **weights, **{n: x for n, x in options.items() if isinstance(x, Tensor)}}
     before = {n: (x._version, x.detach().clone()) for n, x in arguments.items()}
     out = delta_update(**leaves, **options, backend=implementation.backend)
@@ -190,5 +197,5 @@ def test_arguments_stay_as_they_were(implementation, packed):
     for name, (version, values) in before.items():
         assert arguments[name]._version == version, name
         assert torch.equal(arguments[name], values), name
-    for x, y in zip(out, results, strict=True):  # nor does backward touch the results
+    for x, y in zip(out, results, strict=True):  # backward does not change the results either
         assert torch.equal(x, y)

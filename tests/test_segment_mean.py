@@ -1,103 +1,82 @@
-"""segment_mean: every backend against sums in float64, one token after another."""
+"""segment_mean: every backend against its definition in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from problems import FLOAT32_TOLERANCE, error, fence, rounding
+from problems import check
 from torch import Tensor
 
 from deltamem_kernels import BackendUnavailableError, segment_mean
+from deltamem_kernels.testing import Problem, between_nans, segment_problem
 
 NAN = float("nan")
+pytestmark = pytest.mark.one_isa
 
 
-def oracle(x: Tensor, ids: Tensor, M: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Means and written as one says it: the mean of x[b, t] over the tokens whose id is m."""
-    B, T, D = x.shape
-    means, written = torch.zeros(B, M, D, dtype=torch.float64), torch.zeros(B, M, dtype=torch.bool)
-    for b in range(B):
-        for m in range(M):
-            tokens = [t for t in range(T) if ids[b, t] == m and (mask is None or mask[b, t])]
-            if tokens:
-                means[b, m], written[b, m] = x[b, tokens].double().cpu().mean(0), True
-    return means, written
+def plain_segment_mean(
+    x: Tensor, segment_ids: Tensor, num_segments: int, mask: Tensor | None = None, backend: str | None = None
+) -> dict[str, Tensor]:
+    """The mean of x over the tokens of each segment, as it is defined."""
+    tokens = [segment_ids == m if mask is None else (segment_ids == m) & mask for m in range(num_segments)]
+    means = [torch.stack([row[own].sum(0) for row, own in zip(x, of_m, strict=True)]) for of_m in tokens if len(x)]
+    counts = [of_m.sum(1) for of_m in tokens]
+    if not means:
+        shape = x.shape[0], num_segments, x.shape[2]
+        return {"means": x.new_zeros(shape) + 0 * x.sum(), "written": torch.zeros(shape[:2], dtype=torch.bool)}
+    count = torch.stack(counts, 1)
+    return {"means": torch.stack(means, 1) / count.clamp(min=1).unsqueeze(-1), "written": count > 0}
 
 
-def gradient(d_means: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Of a token: its segment's, shared among its tokens."""
-    d_means, d_x = d_means.double().cpu(), torch.zeros(*ids.shape, d_means.shape[2], dtype=torch.float64)
-    live = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    for b, t in live.nonzero().tolist():
-        m = int(ids[b, t])
-        if 0 <= m < d_means.shape[1]:
-            d_x[b, t] = d_means[b, m] / int(((ids[b] == m) & live[b]).sum())
-    return d_x
+def check_means(problem: Problem, implementation, **options) -> None:
+    """Check means and gradients. The mean of an empty segment is zero."""
+    ours = check(problem, implementation, oracle=plain_segment_mean, **options)
+    assert (ours["means"].dtype, ours["written"].dtype) == (problem.operands["x"].dtype, torch.bool)
+    assert torch.count_nonzero(ours["means"][~ours["written"]]) == 0
 
 
-def check(x, ids, M, mask, implementation, tolerance=FLOAT32_TOLERANCE, cotangent=None) -> None:
-    device = implementation.device
-    leaf = x if x.device.type == device else x.to(device)
-    leaf = leaf.detach().requires_grad_()
-    on_device = [None if y is None else y if y.device.type == device else y.to(device) for y in (ids, mask)]
-    out = segment_mean(leaf, on_device[0], M, on_device[1], backend=implementation.backend)
-    means, written = oracle(x, ids, M, mask)
-    assert (out.means.dtype, out.written.dtype) == (x.dtype, torch.bool)
-    assert torch.equal(out.written.cpu(), written)
-    assert error(out.means, means) <= tolerance
-    assert torch.count_nonzero(out.means[~out.written]) == 0
-    d_means = torch.randn(out.means.shape).to(x.dtype) if cotangent is None else cotangent
-    (d_x,) = torch.autograd.grad(out.means, leaf, d_means.to(device))
-    assert (d_x.dtype, d_x.shape) == (x.dtype, x.shape)
-    assert error(d_x, gradient(d_means, ids, mask)) <= tolerance
-
-
+@pytest.mark.each_isa
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("order", ["rising", "any"])
-def test_parity(implementation, order, masked, index_dtype):
-    B, T, D, M = 3, 12 if implementation.slow else 70, 133, 6
-    ids = torch.randint(-2, M - 1, (B, T), dtype=index_dtype)  # the last segment is empty
-    ids = ids.sort(dim=1).values if order == "rising" else ids
-    mask = torch.rand(B, T) < 0.6 if masked else None
-    check(torch.randn(B, T, D), ids, M, mask, implementation)
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("rising", [False, True])
+def test_means_and_gradients_are_exact(implementation, rising, mask, index_dtype):
+    T = 12 if implementation.slow else 70
+    problem = segment_problem(3, T, 133, 6, rising=rising, mask=mask, index_dtype=index_dtype)
+    check_means(problem, implementation)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("T", [0, 1, 31, 32, 33, 511, 512, 513, 1100])
-def test_lengths(implementation, T):
-    check(torch.randn(1, T, 5), torch.randint(-1, 3, (1, T)), 3, None, implementation)
+def test_every_number_of_tokens_is_exact(implementation, T):
+    check_means(segment_problem(1, T, 5, 4), implementation)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("D", [1, 15, 127, 128, 129, 256, 300])
-def test_widths(implementation, D):
-    check(torch.randn(2, 9, D), torch.randint(-1, 2, (2, 9)), 2, None, implementation)
+def test_every_width_is_exact(implementation, D):
+    check_means(segment_problem(2, 9, D, 3), implementation)
 
 
 @pytest.mark.parametrize(("B", "T", "D", "M"), [(0, 4, 3, 2), (2, 4, 3, 0), (2, 4, 0, 2), (2, 0, 3, 2), (1, 3, 2, 40)])
-def test_sizes_of_zero_and_more_segments_than_tokens(implementation, B, T, D, M):
-    check(torch.randn(B, T, D), torch.randint(-1, max(M, 1), (B, T)).clamp(max=M - 1), M, None, implementation)
+def test_sizes_of_zero_and_more_segments_than_tokens_are_exact(implementation, B, T, D, M):
+    check_means(segment_problem(B, T, D, M), implementation)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_dtypes(implementation, dtype):
-    """Rounded once: within half a last bit of the truth, so never further than means taken in that dtype."""
-    x, ids = torch.randn(2, 90, 20).to(dtype), torch.randint(-1, 4, (2, 90))
-    check(x, ids, 4, None, implementation, tolerance=1e-14 + rounding(dtype, implementation))
+def test_results_are_rounded_only_once(implementation, dtype):
+    """They are within half a last bit of the truth, so never further away than means taken in that dtype."""
+    check_means(segment_problem(2, 90, 20, 5, dtype=dtype), implementation, tolerance=1e-14)
 
 
-def test_operands_between_nans(implementation):
-    B, T, D, M = 2, 40, 17, 5
-    device = implementation.device
-    x, mask = fence(torch.randn(B, T, D, device=device)), torch.rand(B, T) < 0.7
-    ids = torch.full((T + 3, 2 * B), 3)  # what lies between counts for a segment too
-    ids = ids.t()[::2, 2:-1]
-    ids.copy_(torch.randint(-1, M, (B, T)))
-    mask = mask.t().contiguous().t()
-    check(x, ids, M, mask, implementation, cotangent=fence(torch.randn(B, M, D)))
+@pytest.mark.each_isa
+def test_nothing_outside_of_strided_operands_is_read(implementation):
+    problem = segment_problem(2, 40, 17, 6, mask=True, fenced=True, device=implementation.device)
+    check_means(problem, implementation, cotangents={"means": between_nans(torch.randn(2, 6, 17))})
 
 
-def test_what_belongs_to_no_segment_reaches_no_result(implementation):
-    """NaN in a token without a segment, or of a masked one; and NaN in one segment stays there."""
+def test_tokens_without_a_segment_reach_no_result(implementation):
+    """A token without a segment or a masked one may hold NaN. NaN in one segment stays there."""
     B, T, D, M = 2, 50, 9, 4
     device = implementation.device
     ids, mask = torch.randint(-1, M, (B, T), device=device), torch.rand(B, T, device=device) < 0.7
@@ -116,7 +95,7 @@ def test_what_belongs_to_no_segment_reaches_no_result(implementation):
     assert out.means[:, 1][out.written[:, 1]].isnan().all()
 
 
-def test_the_same_bits_beside_any_neighbours(implementation):
+def test_results_do_not_depend_on_the_batch_or_the_threads(implementation):
     B, T, D, M = 3, 80, 140, 5
     x, ids = (y.to(implementation.device) for y in (torch.randn(B, T, D), torch.randint(-1, M, (B, T))))
     together = segment_mean(x, ids, M, backend=implementation.backend).means
@@ -131,8 +110,8 @@ def test_the_same_bits_beside_any_neighbours(implementation):
         torch.set_num_threads(threads)
 
 
-def test_ids_past_the_last_segment(implementation):
-    """An error where the ids can be looked at for nothing; a masked token's id is never looked at."""
+def test_ids_after_the_last_segment_raise_or_are_left_out(implementation):
+    """They raise where looking at them costs nothing. The id of a masked token is not looked at."""
     x, ids = torch.randn(1, 4, 3), torch.tensor([[0, 2, 1, 0]])
     mask = torch.tensor([[True, False, True, True]])
     masked = segment_mean(x, ids, 2, mask, backend="cpu")
@@ -150,7 +129,7 @@ def test_ids_past_the_last_segment(implementation):
             segment_mean(x, ids, 2, backend=implementation.backend)
 
 
-def test_nothing_but_ids_and_counts_is_kept():
+def test_only_ids_and_counts_are_kept_for_backward():
     x, ids = torch.randn(2, 60, 33, requires_grad=True), torch.randint(-1, 3, (2, 60))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda y: (kept.append(y), y)[1], lambda y: y):
@@ -158,7 +137,7 @@ def test_nothing_but_ids_and_counts_is_kept():
     assert sorted(tuple(y.shape) for y in kept) == [(2, 3), (2, 60)]
 
 
-def test_gradcheck_of_the_reference():
+def test_gradients_of_the_reference_are_those_of_finite_differences():
     ids, mask = torch.tensor([[0, 2, 0, -1, 2], [-5, 1, 1, 1, 0]]), torch.rand(2, 5) < 0.7
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: segment_mean(x, ids, 4, mask, backend="reference").means, (x,))
@@ -166,7 +145,7 @@ def test_gradcheck_of_the_reference():
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(backend, masked):
+def test_the_operators_pass_opcheck(backend, masked):
     x, ids = torch.randn(2, 7, 5), torch.randint(-1, 3, (2, 7))
     mask = torch.rand(2, 7) < 0.5 if masked else None
     torch.library.opcheck(torch.ops.deltamem_kernels.segment_mean.default, (x, ids, 3, mask, backend))
@@ -175,8 +154,8 @@ def test_opcheck(backend, masked):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_under_torch_compile(backend):
-    """One graph for all lengths and numbers of segments."""
+def test_torch_compile_makes_one_graph_for_all_sizes(backend):
+    """Lengths and numbers of segments."""
     torch._dynamo.reset()
     graphs = []
 
@@ -227,7 +206,7 @@ def test_meta_tensors_have_shapes_and_dtypes():
     ],
 )
 @pytest.mark.parametrize("gradients", [False, True])
-def test_bad_input(change, exception, words, gradients):
+def test_arguments_that_do_not_fit_raise(change, exception, words, gradients):
     call = {"x": torch.zeros(2, 7, 5), "segment_ids": torch.zeros(2, 7).long(), "num_segments": 3, **change}
     if gradients and isinstance(call["x"], Tensor) and call["x"].is_floating_point():
         call["x"] = call["x"].clone().requires_grad_()

@@ -16,9 +16,9 @@ from models import (
     logits,
     one_thread,
     remembering,
+    states_of,
     tokens,
 )
-from problems import error
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     DynamicCache,
@@ -41,6 +41,7 @@ from deltamem_kernels.integrations.transformers import (
 )
 from deltamem_kernels.integrations.transformers.masks import token_mask
 from deltamem_kernels.nn import DeltaMemConfig
+from deltamem_kernels.testing import relative_error
 
 __all__ = ["one_thread"]
 
@@ -67,19 +68,19 @@ def test_a_fresh_memory_changes_no_logit(kind, attention):
 
 @pytest.mark.parametrize("fields", MEMORIES, ids=str)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_token_by_token_is_one_shot(kind, fields):
+def test_token_by_token_gives_what_one_call_gives(kind, fields):
     model, ids = remembering(kind, **fields), tokens(2, 12)
     whole = logits(model, ids, use_cache=False)
-    changed = error(whole, logits_without(model, ids))
+    changed = relative_error(whole, logits_without(model, ids))
     assert changed > 1e-2  # the memory has a say
     cache = DynamicCache(config=model.config)
     steps = [logits(model, part, cache=cache) for part in ids.split([5, *[1] * 6, 1], dim=1)]
-    assert error(torch.cat(steps, 1), whole) <= CLOSE
+    assert relative_error(torch.cat(steps, 1), whole) <= CLOSE
     with MemoryCall(model) as call:
         logits(model, ids, use_cache=False)
-    for index, state in get_memory(cache).items():
+    for index, state in states_of(cache).items():
         assert state.dtype == torch.float32
-        assert error(state, call.states[index]) <= CLOSE
+        assert relative_error(state, call.states[index]) <= CLOSE
 
 
 def logits_without(model, ids):
@@ -90,8 +91,8 @@ def logits_without(model, ids):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_padding(kind, attention):
-    """On either side: a padded row gives what it gives alone, and its state."""
+def test_padding_does_not_change_the_result(kind, attention):
+    """Leading and trailing. A padded row gives the logits and the state that it gives alone."""
     model, lengths, longest = remembering(kind, attention), (5, 9, 12), 12
     for left in (True, False):
         rows = [tokens(1, n) for n in lengths]
@@ -104,14 +105,14 @@ def test_padding(kind, attention):
         batch = logits(model, ids, attention_mask=mask, position_ids=positions, cache=cache)
         for b, (row, place) in enumerate(zip(rows, places, strict=True)):
             alone = DynamicCache(config=model.config)
-            assert error(batch[b, place], logits(model, row, cache=alone)[0]) <= CLOSE
-            for index, state in get_memory(alone).items():
-                assert error(get_memory(cache)[index][b], state[0]) <= CLOSE
+            assert relative_error(batch[b, place], logits(model, row, cache=alone)[0]) <= CLOSE
+            for index, state in states_of(alone).items():
+                assert relative_error(get_memory(cache)[index][b], state[0]) <= CLOSE
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_masks_of_four_dimensions(kind):
-    """Boolean and additive ones, as a caller may give them."""
+def test_masks_of_four_dimensions_give_what_unpadded_rows_give(kind):
+    """Boolean and additive masks, as a caller may give them."""
     model, ids = remembering(kind), tokens(2, 8)
     real = torch.arange(8)[None] >= torch.tensor([[0], [3]])
     allowed = torch.ones(8, 8).tril().bool() & real[:, None, :]
@@ -120,27 +121,27 @@ def test_masks_of_four_dimensions(kind):
     positions = (real.long().cumsum(1) - 1).clamp_min(0)
     exact = logits(model, ids[1:, 3:])[0]
     for mask in (boolean, additive):
-        assert error(logits(model, ids, attention_mask=mask, position_ids=positions)[1, 3:], exact) <= CLOSE
+        assert relative_error(logits(model, ids, attention_mask=mask, position_ids=positions)[1, 3:], exact) <= CLOSE
 
 
-def test_flex_attention():
-    """Its mask is a program; a padded batch gives what it gives with sdpa."""
+def test_flex_attention_gives_what_sdpa_gives():
+    """The batch is padded, and flex attention's mask is a program."""
     model, ids, mask = remembering(attention="flex_attention"), tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
     flex = logits(model, ids, **given)
     model.set_attn_implementation("sdpa")
     exact = logits(model, ids, **given)
-    assert error(flex[mask.bool()], exact[mask.bool()]) <= CLOSE
+    assert relative_error(flex[mask.bool()], exact[mask.bool()]) <= CLOSE
 
 
-def test_block_masks_behind_a_cache():
+def test_a_block_mask_after_a_cache_masks_its_tokens():
     real = torch.tensor([[True] * 6, [False] * 4 + [True] * 2])
     block = create_block_mask(lambda b, h, q, k: (k <= q + 3) & real[b, k], 2, None, 3, 6, device="cpu", BLOCK_SIZE=2)
     assert token_mask(block, 2, 3, 3).tolist() == [[True] * 3, [False, True, True]]
 
 
-def test_the_mask_of_tokens():
+def test_every_kind_of_attention_mask_masks_its_tokens():
     row = torch.tensor([[0, 1, 1, 1]])
     assert token_mask(None, 1, 2, 0) is None
     assert token_mask(row, 1, 4, 0).tolist() == [[False, True, True, True]]
@@ -150,7 +151,7 @@ def test_the_mask_of_tokens():
     assert token_mask(static, 2, 2, torch.tensor(3)).tolist() == [[False, True]] * 2
     window = torch.tensor([[[[0.0, -1e9, 0.0]]]]).masked_fill(torch.tensor([True, False, False]), float("-inf"))
     assert token_mask(window, 1, 1, 50).tolist() == [[True]]
-    rolled = torch.tensor([[[[0, 0, 1, 0], [0, 0, 0, 0]]]]).bool()  # two tokens behind two that are kept
+    rolled = torch.tensor([[[[0, 0, 1, 0], [0, 0, 0, 0]]]]).bool()  # two tokens after two that are kept
     assert token_mask(rolled, 1, 2, 50).tolist() == [[True, False]]
     for bad in (torch.zeros(2, 4), torch.zeros(1, 3), torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 4)):
         with pytest.raises(ValueError, match="attention_mask must have shape"):
@@ -162,7 +163,7 @@ def test_the_mask_of_tokens():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_backbone_of_16_bits(dtype):
+def test_the_memory_is_float32_with_a_backbone_of_16_bits(dtype):
     model, ids = backbone("qwen3").to(dtype), tokens(2, 9)
     before = logits(model, ids)
     attach_memory(model, DeltaMemConfig(output_init="random"))
@@ -172,11 +173,11 @@ def test_a_backbone_of_16_bits(dtype):
     after = logits(model, ids, cache=cache)
     assert after.dtype == dtype
     assert not torch.equal(after, before)
-    assert {state.dtype for state in get_memory(cache).values()} == {torch.float32}
+    assert {state.dtype for state in states_of(cache).values()} == {torch.float32}
 
 
 class Quantised(torch.nn.Module):
-    """A linear layer whose weight is kept in bytes, as quantised backbones have them."""
+    """A linear layer with its weight in bytes, as in a quantised backbone."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -202,8 +203,8 @@ def in_int8(model):
 
 
 @pytest.mark.parametrize("quantised", [in_bytes, in_int8])
-def test_a_quantised_backbone(quantised):
-    """The memory's dtype is its own, and its corrections are those of the unquantised model."""
+def test_a_quantised_backbone_is_corrected_and_restored(quantised):
+    """The memory has a dtype of its own, and corrects as it does without quantisation."""
     model, ids = quantised(backbone()), tokens(2, 9)
     before = logits(model, ids)
     attach_memory(model, DeltaMemConfig(output_init="random"))
@@ -211,23 +212,23 @@ def test_a_quantised_backbone(quantised):
         assert {p.dtype for p in layer.delta_memory.parameters()} == {torch.float32}
     cache = DynamicCache(config=model.config)
     steps = [logits(model, part, cache=cache) for part in ids.split([4, *[1] * 5], dim=1)]
-    assert error(torch.cat(steps, 1), before) > 1e-3
-    assert {state.dtype for state in get_memory(cache).values()} == {torch.float32}
+    assert relative_error(torch.cat(steps, 1), before) > 1e-3
+    assert {state.dtype for state in states_of(cache).values()} == {torch.float32}
     attention = model.model.layers[0].self_attn
     x, outputs = torch.randn(1, 3, 64), []
     attention.k_proj.register_forward_hook(lambda m, a, output: outputs.append(output.clone()))
     with torch.no_grad():
         attention(x, (torch.ones(1, 3, 16), torch.zeros(1, 3, 16)), None)
         reads = attention.delta_memory.read(x).reads
-        assert error(outputs[0], attention.delta_memory.correct(attention.k_proj(x), reads, "k")) <= 1e-5
+        assert relative_error(outputs[0], attention.delta_memory.correct(attention.k_proj(x), reads, "k")) <= 1e-5
     detach_memory(model)
     with pytest.raises(ValueError, match="must be the floating weight"):
         attach_memory(model, DeltaMemConfig(output_init="base_slice"))
     assert torch.equal(logits(model, ids), before)
 
 
-def test_the_text_of_a_vision_language_model():
-    """The vision tower, whose attention has the same name and another shape, stays as it is."""
+def test_only_the_text_layers_of_a_vision_language_model_have_a_memory():
+    """The attention of the vision tower has the same name and another shape. It is not changed."""
     text = {"model_type": "llama", **backbone().config.to_diff_dict(), "vocab_size": VOCABULARY}
     vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = SmolVLMConfig(
@@ -246,15 +247,15 @@ def test_the_text_of_a_vision_language_model():
     for _, layer in memory_layers(model):
         torch.nn.init.normal_(layer.delta_memory.delta_q_proj)
     whole = logits(model, ids, pixel_values=pixels, use_cache=False)
-    assert error(whole, before) > 1e-2
+    assert relative_error(whole, before) > 1e-2
     cache = DynamicCache(config=model.config)
     parts = [logits(model, ids[:, :9], pixel_values=pixels, cache=cache)]
     parts += [logits(model, part, cache=cache) for part in ids[:, 9:].split(1, dim=1)]
-    assert error(torch.cat(parts, 1), whole) <= CLOSE
+    assert relative_error(torch.cat(parts, 1), whole) <= CLOSE
 
 
-def test_the_text_of_qwen2_vl():
-    """Whose positions have three dimensions."""
+def test_the_text_layers_of_qwen2_vl_have_a_memory():
+    """Its positions have three dimensions."""
     rope = "rope_parameters" if TRANSFORMERS_5 else "rope_scaling"
     text = {
         **backbone("qwen2").config.to_diff_dict(),
@@ -275,19 +276,19 @@ def test_the_text_of_qwen2_vl():
     for _, layer in memory_layers(model):
         torch.nn.init.normal_(layer.delta_memory.delta_q_proj)
     whole = logits(model, ids, **image, use_cache=False)
-    assert error(whole, before) > 1e-2
+    assert relative_error(whole, before) > 1e-2
     usual = {"do_sample": False, "eos_token_id": VOCABULARY, "suppress_tokens": [96, 97, 98], **image}  # no other image
     new = model.generate(ids, max_new_tokens=4, **usual)
     plain = model.generate(ids, max_new_tokens=4, **usual, use_cache=False)
     assert torch.equal(new, plain)
 
 
-def test_compiled():
+def test_a_compiled_model_gives_what_the_model_gives():
     model, ids = remembering(), tokens(2, 9)
     exact, compiled = logits(model, ids), torch.compile(model, backend="aot_eager")
     cache = DynamicCache(config=model.config)
     ours = [logits(compiled, part, cache=cache) for part in ids.split([6, 1, 1, 1], dim=1)]
-    assert error(torch.cat(ours, 1), exact) <= CLOSE
+    assert relative_error(torch.cat(ours, 1), exact) <= CLOSE
 
 
 def test_detaching_leaves_the_model_as_it_was():
@@ -308,7 +309,7 @@ def test_after_an_error_the_memory_is_as_it_was():
     model, ids = remembering(), tokens(2, 6)
     cache = DynamicCache(config=model.config)
     logits(model, ids, cache=cache)
-    before = get_memory(cache)
+    before = states_of(cache)
     broken = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         logits(model, ids, cache=cache)
@@ -318,7 +319,7 @@ def test_after_an_error_the_memory_is_as_it_was():
 
 
 class Odd(torch.nn.Module):
-    """An attention module of another shape, in a layer, in a list."""
+    """A model with one layer whose attention module does not fit."""
 
     def __init__(self, **parts) -> None:
         super().__init__()
@@ -349,14 +350,14 @@ LINEARS = {f"{head}_proj": torch.nn.Linear(2, 2) for head in "qkvo"}
         ),
     ],
 )
-def test_what_does_not_fit(model, config, message):
+def test_models_that_do_not_fit_raise(model, config, message):
     with pytest.raises(ValueError, match=message):
         attach_memory(model(), DeltaMemConfig(**config))
 
 
 @pytest.mark.parametrize("heads", [("q", "o"), ()])
-def test_a_projection_that_is_replaced_is_told(heads):
-    """As PEFT does with those that it wraps. What no memory corrects may be replaced; attached again, all is well."""
+def test_a_replaced_projection_raises_if_it_is_corrected(heads):
+    """PEFT replaces projections. One that is not corrected may be replaced; others need a new attach_memory."""
     model, ids = remembering(delta_heads=heads), tokens(1, 5)
     before, attention = logits(model, ids), model.model.layers[1].self_attn
     attention.v_proj = torch.nn.Sequential(attention.v_proj)
@@ -371,7 +372,7 @@ def test_a_projection_that_is_replaced_is_told(heads):
     assert logits(model, ids).isfinite().all()
 
 
-def test_bad_calls():
+def test_arguments_that_do_not_fit_raise():
     model, states = remembering(), {0: torch.zeros(2, 1, 8, 8), 1: torch.zeros(2, 1, 8, 8)}
     ids = torch.zeros(2, 5, dtype=torch.long)
     for arguments, message in (

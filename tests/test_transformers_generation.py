@@ -1,4 +1,4 @@
-"""Generating with a memory: its state goes with the request's cache."""
+"""Generation with a memory, whose states are in the cache of the request."""
 
 from __future__ import annotations
 
@@ -7,21 +7,32 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import ARCHITECTURES, CLOSE, MEMORIES, TRANSFORMERS_5, VOCABULARY, logits, one_thread, remembering, tokens
-from problems import error
+from models import (
+    ARCHITECTURES,
+    CLOSE,
+    MEMORIES,
+    TRANSFORMERS_5,
+    VOCABULARY,
+    logits,
+    one_thread,
+    remembering,
+    states_of,
+    tokens,
+)
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
 from deltamem_kernels.integrations.transformers import MemoryCall, get_memory, set_memory
 from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
+from deltamem_kernels.testing import relative_error
 
 __all__ = ["one_thread"]
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_generate(kind, cache):
-    """With a cache, a padded batch too, as without any."""
+def test_generation_gives_what_calls_without_a_cache_give(kind, cache):
+    """Also for a padded batch."""
     model, new = remembering(kind), 9
     rows = [tokens(1, n) for n in (4, 7)]
     ids, mask = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
@@ -34,18 +45,18 @@ def test_generate(kind, cache):
         assert torch.equal(batch[b, 7:], row[0, -new:])
 
 
-def test_sliding_windows():
+def test_sliding_windows_do_not_change_the_result():
     for fields in ({"sliding_window": 4}, {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2}):
         model, ids = remembering("mistral", backbone_fields=fields), tokens(2, 14)
         whole = logits(model, ids, use_cache=False)
         static = StaticCache(config=model.config, max_cache_len=20)
         for cache, cuts in ((DynamicCache(config=model.config), [6, 3, *[1] * 5]), (static, [6, *[1] * 8])):
             parts = [logits(model, part, cache=cache) for part in ids.split(cuts, dim=1)]
-            assert error(torch.cat(parts, 1), whole) <= CLOSE
+            assert relative_error(torch.cat(parts, 1), whole) <= CLOSE
 
 
-def test_beams_take_their_states_along():
-    """Beam search over the cache gives what it gives where each step starts from the beginning."""
+def test_beam_search_gives_what_it_gives_without_a_cache():
+    """The states follow the beams. Without a cache each step starts from the first token."""
     model, ids = remembering(), tokens(2, 5)
     options = {"max_new_tokens": 8, "num_beams": 4, "do_sample": False, "num_return_sequences": 4}
     options |= {"return_dict_in_generate": True, "output_scores": True}
@@ -53,10 +64,10 @@ def test_beams_take_their_states_along():
     plain = model.generate(ids, **options, use_cache=False)
     assert (cached.beam_indices[:, :8].diff(dim=1) != 0).any()  # beams did change places
     assert torch.equal(cached.sequences, plain.sequences)
-    assert error(cached.sequences_scores, plain.sequences_scores) <= CLOSE
+    assert relative_error(cached.sequences_scores, plain.sequences_scores) <= CLOSE
 
 
-def test_selecting_repeating_and_resetting():
+def test_states_follow_selected_repeated_and_reset_rows():
     model, ids = remembering(), tokens(3, 6)
     whole = logits(model, ids, use_cache=False)
     cache = DynamicCache(config=model.config)
@@ -64,18 +75,18 @@ def test_selecting_repeating_and_resetting():
     cache.batch_select_indices(torch.tensor([2, 0]))
     cache.batch_repeat_interleave(2)
     rest = logits(model, ids[[2, 2, 0, 0], 4:], cache=copy.deepcopy(cache))
-    assert error(rest, whole[[2, 2, 0, 0], 4:]) <= CLOSE
-    assert [state.shape for state in get_memory(cache).values()] == [(4, 1, 8, 8)] * 2  # the copy has gone on alone
+    assert relative_error(rest, whole[[2, 2, 0, 0], 4:]) <= CLOSE
+    assert [state.shape for state in states_of(cache).values()] == [(4, 1, 8, 8)] * 2  # the copy has gone on alone
     cache = StaticCache(config=model.config, max_cache_len=8)
     for _ in range(2):
-        assert error(logits(model, ids, cache=cache), whole) <= CLOSE
+        assert relative_error(logits(model, ids, cache=cache), whole) <= CLOSE
         assert len(get_memory(cache)) == 2
         cache.reset()
         assert get_memory(cache) == {}
 
 
 @pytest.mark.parametrize("fields", MEMORIES, ids=str)
-def test_crop_leaves_no_trace(fields):
+def test_cropped_tokens_leave_no_trace(fields):
     model, ids, drafts = remembering(**fields), tokens(2, 9), tokens(2, 30)
     for cuts in ([9], [4, 1, 4], [1] * 9):
         cache, straight = DynamicCache(config=model.config), DynamicCache(config=model.config)
@@ -85,24 +96,24 @@ def test_crop_leaves_no_trace(fields):
         logits(model, drafts, cache=cache)
         cache.crop(-32)  # the drafts, and two tokens before
         cache.crop(-3)  # and three
-        for index, state in get_memory(cache).items():
-            assert error(state, get_memory(straight)[index]) <= 1e-6
+        for index, state in states_of(cache).items():
+            assert relative_error(state, get_memory(straight)[index]) <= 1e-6
         ours, theirs = (logits(model, ids[:, 4:], cache=c) for c in (cache, straight))
-        assert error(ours, theirs) <= CLOSE
+        assert relative_error(ours, theirs) <= CLOSE
 
 
-def test_crop_of_more_than_is_kept():
+def test_cropping_more_tokens_than_are_kept_raises():
     model, ids = remembering(), tokens(1, 4)
     cache = DynamicCache(config=model.config)
     for _ in range(3):
         logits(model, ids, cache=cache)
     cache.batch_select_indices(torch.tensor([0]))
     logits(model, ids, cache=cache)
-    before = {index: state.clone() for index, state in get_memory(cache).items()}
+    before = {index: state.clone() for index, state in states_of(cache).items()}
     with pytest.raises(ValueError, match="the memory can be cropped by at most 4 tokens, got 5"):
         cache.crop(-5)
     assert cache.get_seq_length() == 16
-    assert all(torch.equal(state, before[index]) for index, state in get_memory(cache).items())
+    assert all(torch.equal(state, before[index]) for index, state in states_of(cache).items())
     cache.crop(-4)
     assert cache.get_seq_length() == 12
     for _ in range(200):
@@ -114,7 +125,7 @@ def test_crop_of_more_than_is_kept():
 
 
 @pytest.mark.parametrize("draft", ["lookup", "same", "other"])
-def test_assisted_decoding(draft):
+def test_assisted_decoding_gives_what_plain_decoding_gives(draft):
     model, ids = remembering(), tokens(1, 12).repeat(1, 2)
     assistant = {"lookup": None, "same": copy.deepcopy(model), "other": remembering()}[draft]
     options = {"prompt_lookup_num_tokens": 4} if draft == "lookup" else {"assistant_model": assistant}
@@ -125,8 +136,8 @@ def test_assisted_decoding(draft):
     assert torch.equal(assisted, plain)
 
 
-def test_two_conversations_on_one_model():
-    """Bit for bit what each is alone."""
+def test_two_conversations_on_one_model_do_not_mix():
+    """Each has the bits that it has alone."""
     model, ids = remembering(), [tokens(1, 15), tokens(2, 15)]
     parts = [x.split([4, 1, 1, 5, 1, 3], dim=1) for x in ids]
 
@@ -142,7 +153,7 @@ def test_two_conversations_on_one_model():
             assert torch.equal(ours, exact[conversation][turn])
 
 
-def test_two_threads_on_one_model():
+def test_threads_on_one_model_do_not_mix():
     model, ids = remembering(), [tokens(1, 40) for _ in range(4)]
     exact = [logits(model, x) for x in ids]
     with ThreadPoolExecutor(4) as pool:
@@ -151,8 +162,8 @@ def test_two_threads_on_one_model():
                 assert torch.equal(ours, alone)
 
 
-def test_memory_without_context():
-    """A state is taken out, kept on disk, and given to a new conversation, which alone has its keys and values."""
+def test_a_state_alone_serves_a_new_conversation():
+    """The states of one cache are given to a new one, which has no keys and values of the first conversation."""
     model, ids = remembering(), tokens(1, 20)
     cache = DynamicCache(config=model.config)
     logits(model, ids, cache=cache)
@@ -161,10 +172,10 @@ def test_memory_without_context():
     set_memory(model, fresh, states)
     with MemoryCall(model, states) as call:
         without_cache = logits(model, ids[:, :5], use_cache=False)
-    assert error(logits(model, ids[:, :5], cache=fresh), without_cache) <= CLOSE
-    assert error(without_cache, logits(model, ids[:, :5])) > 1e-3  # it does remember
-    for index, state in get_memory(fresh).items():
-        assert error(state, call.states[index]) <= 1e-6
+    assert relative_error(logits(model, ids[:, :5], cache=fresh), without_cache) <= CLOSE
+    assert relative_error(without_cache, logits(model, ids[:, :5])) > 1e-3  # it does remember
+    for index, state in states_of(fresh).items():
+        assert relative_error(state, call.states[index]) <= 1e-6
     with MemoryCall(model, states):
         ours = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False)
     again = DynamicCache(config=model.config)
@@ -173,24 +184,24 @@ def test_memory_without_context():
     assert torch.equal(ours, model.generate(ids[:, :5], **options))
 
 
-def test_writing_switched_off():
+def test_without_writing_the_states_stay():
     model, ids = remembering(), tokens(2, 8)
     cache = DynamicCache(config=model.config)
     logits(model, ids, cache=cache)
-    before = {index: state.clone() for index, state in get_memory(cache).items()}
+    before = {index: state.clone() for index, state in states_of(cache).items()}
     with MemoryCall(model, write=False) as call:
         logits(model, ids, cache=cache)
-    for index, state in get_memory(cache).items():
+    for index, state in states_of(cache).items():
         assert torch.equal(state, before[index])
         assert torch.equal(call.states[index], before[index])
     logits(model, ids, cache=cache)
     assert not torch.equal(get_memory(cache)[0], before[0])
     cache.crop(-16)
-    assert all(error(state, before[index]) <= 1e-6 for index, state in get_memory(cache).items())
+    assert all(relative_error(state, before[index]) <= 1e-6 for index, state in states_of(cache).items())
 
 
 class Rounded(QuantizedLayer):
-    """Of transformers' quantised layers, with a residue of two tokens; as its integers 16-bit floats."""
+    """A quantised layer of transformers that keeps two tokens unquantised. 16-bit floats stand for its integers."""
 
     def __init__(self) -> None:
         super().__init__(residual_length=2)
@@ -206,8 +217,8 @@ NEWER = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 has no cac
 
 
 @pytest.mark.parametrize("kind", [pytest.param("fp8", marks=NEWER), "residual"])
-def test_quantised_caches(kind):
-    """Keys and values lose digits, the states none: they are as if the memory had read what it did read alone."""
+def test_quantised_caches_do_not_quantise_the_states(kind):
+    """Keys and values lose digits. The states are those that the memory makes of the same hidden states."""
     model, ids = remembering(), tokens(2, 12)
 
     def cache():
@@ -222,15 +233,15 @@ def test_quantised_caches(kind):
     quantised = cache()
     for part in ids.split([5, *[1] * 7], dim=1):
         logits(model, part, cache=quantised)
-    for index, state in get_memory(quantised).items():
+    for index, state in states_of(quantised).items():
         assert state.dtype == torch.float32
         memory = model.model.layers[index].self_attn.delta_memory
-        assert error(state, memory.read(torch.cat(seen[index], 1)).state) <= 1e-6
+        assert relative_error(state, memory.read(torch.cat(seen[index], 1)).state) <= 1e-6
     with pytest.raises(ValueError, match="a quantised cache cannot be cropped"):
         quantised.crop(-1)
-    before = {index: state.clone() for index, state in get_memory(quantised).items()}
+    before = {index: state.clone() for index, state in states_of(quantised).items()}
     quantised.reorder_cache(torch.tensor([1, 0]))
-    assert all(torch.equal(state.flip(0), before[index]) for index, state in get_memory(quantised).items())
+    assert all(torch.equal(state.flip(0), before[index]) for index, state in states_of(quantised).items())
     quantised.reset()
     assert get_memory(quantised) == {}
     beams = 2 if TRANSFORMERS_5 else 1  # transformers 4 reorders the residue of integers even where it is empty
@@ -239,30 +250,30 @@ def test_quantised_caches(kind):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_padded_token_of_a_step(attention):
-    """A row whose one token is padding reads nothing and writes nothing, whatever the others do."""
+def test_a_padded_token_of_a_step_writes_nothing(attention):
+    """It reads nothing either. The other rows are not affected."""
     model, ids = remembering(attention=attention), tokens(3, 7)
     cache = DynamicCache(config=model.config)
     logits(model, ids[:, :6], cache=cache)
-    before = {index: state.clone() for index, state in get_memory(cache).items()}
+    before = {index: state.clone() for index, state in states_of(cache).items()}
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[1, 6] = 0
     straight = copy.deepcopy(cache)
     padded = logits(model, ids[:, 6:], attention_mask=mask, cache=cache)
     whole = logits(model, ids[:, 6:], cache=straight)
-    assert error(padded[[0, 2]], whole[[0, 2]]) <= CLOSE
-    for index, state in get_memory(cache).items():
+    assert relative_error(padded[[0, 2]], whole[[0, 2]]) <= CLOSE
+    for index, state in states_of(cache).items():
         assert torch.equal(state[1], before[index][1])
-        assert error(state[[0, 2]], get_memory(straight)[index][[0, 2]]) <= CLOSE
+        assert relative_error(state[[0, 2]], get_memory(straight)[index][[0, 2]]) <= CLOSE
         assert not torch.equal(state[0], before[index][0])
     cache.crop(-1)
-    assert all(torch.equal(state, before[index]) for index, state in get_memory(cache).items())
+    assert all(torch.equal(state, before[index]) for index, state in states_of(cache).items())
 
 
 @pytest.mark.parametrize("heads", [(), ("k",), ("v", "o"), ("o",), ("q", "k", "v", "o")], ids=str)
 @pytest.mark.parametrize("write", [True, False])
-def test_a_step_is_the_call_of_one_token(heads, write):
-    """With each correction, in place and without a gradient, what the same call is where gradients are recorded."""
+def test_a_step_gives_what_a_call_of_one_token_gives(heads, write):
+    """The step corrects in place without gradients. The call records them."""
     fields = {"delta_o_rmsnorm": True, "trainable_delta_scale": True} if "q" in heads else {}
     model, ids = remembering("qwen3", delta_heads=heads, **fields), tokens(2, 5)
     states = {index: torch.randn(2, 1, 8, 8) for index in (0, 1)}
@@ -270,7 +281,7 @@ def test_a_step_is_the_call_of_one_token(heads, write):
     with MemoryCall(model, states, write=write) as recorded:
         exact = model(input_ids=ids[:, :1], use_cache=False).logits
     with MemoryCall(model, states, write=write) as call:
-        assert error(logits(model, ids[:, :1], use_cache=False), exact) <= CLOSE
+        assert relative_error(logits(model, ids[:, :1], use_cache=False), exact) <= CLOSE
     for index, state in call.states.items():
-        assert error(state, recorded.states[index]) <= CLOSE
+        assert relative_error(state, recorded.states[index]) <= CLOSE
         assert torch.equal(states[index], kept[index])  # a step's place is its own

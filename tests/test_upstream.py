@@ -1,4 +1,4 @@
-"""`patch` on a stand-in for the δ-mem authors' package; on theirs: `python -m benchmarks.upstream_parity`."""
+"""`patch` on a stand-in for the δ-mem authors' package. `python -m benchmarks.upstream_parity` runs on theirs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from problems import FLOAT32_TOLERANCE, error
 
 from deltamem_kernels import compat
 from deltamem_kernels.integrations.upstream import patch, unpatch
+from deltamem_kernels.testing import FLOAT32_TOLERANCE, relative_error
 
 NAMES = ("kernels.affine_scan", "core.delta_impl", "core.delta", "runtime.session")
 
@@ -25,7 +25,7 @@ def forget() -> None:
 
 @pytest.fixture
 def authors(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The stand-in's modules, in place of a `deltamem` that may be installed."""
+    """The modules of the stand-in, which hide an installed `deltamem`."""
     forget()
     monkeypatch.syspath_prepend(Path(__file__).parent / "stand_in")
     yield {name: importlib.import_module(f"deltamem.{name}") for name in NAMES}
@@ -38,7 +38,7 @@ def functions(authors: dict[str, ModuleType]) -> dict[str, object]:
     return modules | dict(vars(authors["core.delta_impl"].DeltaMemAttention))
 
 
-def test_the_scan_under_each_of_its_names(authors):
+def test_patch_replaces_the_scan_under_each_of_its_names(authors):
     layer, B, T, R = authors["core.delta"].DeltaMemAttention(), 3, 70, 4
     q, k, v = (torch.nn.functional.normalize(torch.randn(B, T, R, dtype=torch.float64), dim=-1) for _ in range(3))
     operands = [torch.randn(B, R, R, dtype=torch.float64), q, k, v, *torch.rand(3, B, T, R, dtype=torch.float64)]
@@ -56,11 +56,11 @@ def test_the_scan_under_each_of_its_names(authors):
     assert session.scan is authors["core.delta_impl"].triton_affine_scan is compat.triton_affine_scan
     assert session.support is authors["kernels.affine_scan"].triton_scan_support is compat.triton_scan_support
     for got, exact in zip(run(torch.float32), expected, strict=True):
-        assert error(got.detach(), exact.detach()) <= FLOAT32_TOLERANCE
+        assert relative_error(got.detach(), exact.detach()) <= FLOAT32_TOLERANCE
 
 
 @pytest.mark.parametrize("granularity", ["message_mean", "sentence_mean"])
-def test_means(authors, granularity):
+def test_patched_means_are_those_of_upstream(authors, granularity):
     layer, B, T = authors["core.delta"].DeltaMemAttention(granularity), 4, 40
     method = f"_build_{granularity.removesuffix('_mean')}_write_means"
     cases = []
@@ -83,7 +83,7 @@ def test_means(authors, granularity):
             assert got == (None, None, None)
             continue
         written += 1
-        assert error(got[0], exact[0]) <= 1e-12
+        assert relative_error(got[0], exact[0]) <= 1e-12
         assert got[0].shape == exact[0].shape
         assert torch.equal(got[1], exact[1])
         assert torch.equal(got[2].long(), exact[2])
@@ -96,7 +96,7 @@ def test_means(authors, granularity):
     assert getattr(layer, method)(cases[0][0], None) == (None, None, None)
 
 
-def test_again_and_back(authors):
+def test_patch_may_be_repeated_and_undone(authors):
     before = functions(authors)
     unpatch()
     assert functions(authors) == before
@@ -152,7 +152,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("message", OTHERS)
-def test_another_version_is_refused(authors, monkeypatch, message):
+def test_another_version_raises_and_nothing_is_replaced(authors, monkeypatch, message):
     OTHERS[message](monkeypatch, authors)
     before = {name: dict(vars(module)) for name, module in authors.items()}
     with pytest.raises(RuntimeError, match=f"another version of `deltamem`: .*{message}.*Nothing was replaced"):
@@ -160,20 +160,20 @@ def test_another_version_is_refused(authors, monkeypatch, message):
     assert {name: dict(vars(module)) for name, module in authors.items()} == before
 
 
-def test_another_package_of_that_name_is_refused(authors, monkeypatch):
+def test_another_package_of_that_name_raises(authors, monkeypatch):
     monkeypatch.setitem(sys.modules, "deltamem.core.delta_impl", None)
     with pytest.raises(RuntimeError, match=r"it has no module deltamem\.core\.delta_impl"):
         patch()
 
 
-def test_what_it_imports_may_be_missing(authors, monkeypatch):
+def test_a_missing_dependency_of_the_package_is_named(authors, monkeypatch):
     monkeypatch.delitem(sys.modules, "deltamem.core.delta_impl")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ModuleNotFoundError, match="torch"):
         patch()
 
 
-def test_without_the_package(monkeypatch):
+def test_without_the_package_patch_raises(monkeypatch):
     monkeypatch.setitem(sys.modules, "deltamem", None)
     with pytest.raises(ImportError, match="patch\\(\\) needs the δ-mem authors' package `deltamem`"):
         patch()

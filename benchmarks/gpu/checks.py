@@ -75,7 +75,7 @@ PROBLEMS: dict[str, tuple[Callable[[], Tensors], Callable[..., Tensors]]] = {
     "step of drafts": (drafts, call_step),
     "decoding layer": (layer, call_layer),
 }
-"""Operands in float64 on the CPU, drawn anew by each call, and the results, with the states that were changed."""
+"""Operands in float64 on the CPU, drawn again by each call, and the results, with the states that were changed."""
 
 
 def error(ours: Tensors, exact: Tensors) -> float:

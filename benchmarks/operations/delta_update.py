@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltamem_kernels import backends, delta_update
-from deltamem_kernels.backends.scan import force_scan
+from deltamem_kernels.backends.scan_choice import force_scan
 
 from ..availability import compiler_why_not, sequence_backend_why_not
 from ..compiling import compiled
@@ -109,7 +109,7 @@ def _rewritten_loop(
 
 def _upstream_torch_loop() -> Callable:
     attention = _upstream("deltamem.core.delta_impl", "DeltaMemAttention")
-    return functools.partial(attention._memory_affine_scan_torch, None) if attention else _rewritten_loop
+    return functools.partial(attention._memory_affine_scan_torch, None) if attention else _rewritten_loop  # noqa: SLF001
 
 
 def _in_upstream_layout(loop: Callable[[], Callable]) -> Callable[[Tensors, Shape], Tensors]:

@@ -1,10 +1,8 @@
-// attention_correction and its fused form.
-#include "cpu.h"
-
+// attention_correction and its form with norm and rotary embedding, on a CPU.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include "layer_tensors.h"
+#include "cpu.h"
 
 namespace deltamem {
 namespace {
@@ -13,13 +11,14 @@ void for_range(int64_t n, int64_t grain, const void* body, void (*call)(const vo
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { call(body, begin, end); });
 }
 
+constexpr int64_t kRowsOfAGroup = 32, kMostGroups = 16;
+
 }  // namespace
 
-Tensor correct(const Tensor& base, const Tensor& reads, const Tensor& weight, const MaybeTensor& gain,
-               const MaybeTensor& norm_weight, const MaybeTensor& cos, const MaybeTensor& sin, double scale,
-               double norm_eps, int64_t head_dim, const MaybeTensor& given) {
-  CorrectionArgs c = correction_of(base, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
-  Tensor out = given ? *given : at::empty(base.sizes(), base.options());
+Tensor correct(const CorrectionOperands& o, const MaybeTensor& given_out) {
+  const Tensor& base = *o.base;
+  CorrectionArgs c = correction_args(o, base);
+  Tensor out = given_out ? *given_out : at::empty(base.sizes(), base.options());
   c.out = rows(out, base.dim() - 1);
   if (base.numel()) {
     py::gil_scoped_release release;
@@ -28,23 +27,15 @@ Tensor correct(const Tensor& base, const Tensor& reads, const Tensor& weight, co
   return out;
 }
 
-namespace {
-
-constexpr int64_t kRowsOfAGroup = 32, kMostGroups = 16;
-
-std::vector<MaybeTensor> correct_backward(const Tensor& d_out, const MaybeTensor& base, const Tensor& reads,
-                                          const Tensor& weight, const MaybeTensor& gain,
-                                          const MaybeTensor& norm_weight, const MaybeTensor& cos,
-                                          const MaybeTensor& sin, double scale, double norm_eps, int64_t head_dim,
+std::vector<MaybeTensor> correct_backward(const CorrectionOperands& o, const Tensor& d_out,
                                           const std::vector<bool>& needs) {
-  const CorrectionArgs c =
-      correction_of(d_out, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
-  const MaybeTensor wanted[5] = {d_out, reads, weight, gain, norm_weight};
+  const CorrectionArgs c = correction_args(o, d_out);
+  const TensorPtr like[5] = {&d_out, o.reads, o.weight, o.gain, o.norm_weight};
   std::vector<MaybeTensor> grads(5);
   for (int i = 0; i < 5; ++i)
-    if (needs[i]) grads[i] = at::empty(wanted[i]->sizes(), wanted[i]->options());
+    if (needs[i]) grads[i] = at::empty(like[i]->sizes(), like[i]->options());
   CorrectionGradients out{rows(d_out, d_out.dim() - 1), {}, {}, {}, rows(grads[3], 0), rows(grads[4], 0), 1};
-  // Contiguous, whatever their dimensions.
+  // Gradients are contiguous, whatever their dimensions.
   const auto by_row = [&](const MaybeTensor& x, int64_t width) {
     return x ? Operand{x->data_ptr(), dtype(*x), {c.T * width, width, 0, 1}} : Operand{};
   };
@@ -54,13 +45,6 @@ std::vector<MaybeTensor> correct_backward(const Tensor& d_out, const MaybeTensor
   py::gil_scoped_release release;
   kernels()->correct_backward(c, out, for_range);
   return grads;
-}
-
-}  // namespace
-
-void bind_correction(py::module_& m) {
-  m.def("correct", &correct);
-  m.def("correct_backward", &correct_backward);
 }
 
 }  // namespace deltamem

@@ -11,21 +11,19 @@
 namespace deltamem {
 namespace {
 
-Projected project(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight, const MaybeTensor& beta_bias,
-                  const MaybeTensor& decay_weight, const MaybeTensor& decay_bias, int64_t heads, bool normalize) {
-  const Guard guard(x.device());
-  ProjectionArgs p = projection_of(x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize);
-  const Projected results = projected(p, x);
+Projected project(const ProjectionOperands& o) {
+  const Guard guard(o.x->device());
+  ProjectionArgs p = projection_args(o);
+  const Projected results = allocate_results(p, *o.x);
   py::gil_scoped_release release;
   check_launch(cuda::project(p, current_stream()));
   return results;
 }
 
-Tensor correct(const Tensor& base, const Tensor& reads, const Tensor& weight, const MaybeTensor& gain,
-               const MaybeTensor& norm_weight, const MaybeTensor& cos, const MaybeTensor& sin, double scale,
-               double norm_eps, int64_t head_dim, const MaybeTensor& given) {
+Tensor correct(const CorrectionOperands& o, const MaybeTensor& given) {
+  const Tensor& base = *o.base;
   const Guard guard(base.device());
-  CorrectionArgs c = correction_of(base, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
+  CorrectionArgs c = correction_args(o, base);
   Tensor out = given ? *given : at::empty(base.sizes(), base.options());
   c.out = rows(out, base.dim() - 1);
   py::gil_scoped_release release;
@@ -35,18 +33,16 @@ Tensor correct(const Tensor& base, const Tensor& reads, const Tensor& weight, co
 
 constexpr int64_t kMostGroups = 256;  // of rows, where the norm's weight adds them up
 
-// g, that of what the norm is over (absent where it is d_out), and the gradients of base (where it is no other than g
-// or d_out: absent), of the reads before the scale `[..., K]`, and of the norm's weight by groups of rows `[groups,
-// D]`. needs: of base, reads, weight, gain, norm_weight.
-std::vector<MaybeTensor> correct_adjoint(const Tensor& d_out, const MaybeTensor& base, const Tensor& reads,
-                                         const Tensor& weight, const MaybeTensor& gain, const MaybeTensor& norm_weight,
-                                         const MaybeTensor& cos, const MaybeTensor& sin, double scale, double norm_eps,
-                                         int64_t head_dim, const std::vector<bool>& needs) {
+// Returns four gradients: g, of what the norm is over (absent where it is d_out); of base (absent where it is g or
+// d_out); of the reads before the scale, `[..., K]`; of the norm's weight by groups of rows, `[groups, D]`.
+// needs: of base, reads, weight, gain, norm_weight.
+std::vector<MaybeTensor> correct_adjoint(const CorrectionOperands& o, const Tensor& d_out,
+                                         const std::vector<bool>& needs) {
   const Guard guard(d_out.device());
-  CorrectionArgs c = correction_of(d_out, base, reads, weight, gain, norm_weight, cos, sin, scale, norm_eps, head_dim);
+  CorrectionArgs c = correction_args(o, d_out);
   const int64_t leading = d_out.dim() - 1;
-  const auto options = d_out.options().dtype(c.double_precision ? at::kDouble : at::kFloat);
-  const bool turned = norm_weight || cos, sums = needs[4] && norm_weight;
+  const auto options = arithmetic(d_out, c.double_precision);
+  const bool turned = o.norm_weight || o.cos, sums = needs[4] && o.norm_weight;
   std::vector<MaybeTensor> results(4);
   CorrectionGradients out{};
   out.d_out = rows(d_out, leading), out.groups = std::max<int64_t>(1, c.B * c.T);
@@ -72,7 +68,7 @@ std::vector<MaybeTensor> correct_adjoint(const Tensor& d_out, const MaybeTensor&
 }  // namespace
 
 void bind_layer(py::module_& m) {
-  m.def("memory_projection", &project);
+  m.def("project", &project);
   m.def("correct", &correct);
   m.def("correct_adjoint", &correct_adjoint);
 }

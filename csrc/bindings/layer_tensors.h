@@ -1,4 +1,4 @@
-// As tensors.h, for the operations of core/layer_args.h.
+// From operand records to the arguments in core/layer_args.h, as tensors.h for the scan.
 #pragma once
 
 #include <tuple>
@@ -9,40 +9,44 @@
 namespace deltamem {
 namespace {
 
-// The weights of q, k and v, each [H R, D], of the packed [3 H R, D].
-void split_qkv(const Tensor& packed, Operand (&weights)[3]) {
-  const int64_t part = packed.size(0) / 3 * packed.stride(0) * packed.element_size();
+// The weights of q, k and v, each [H R, D].
+void set_qkv(const QkvWeight& given, Operand (&weights)[3]) {
   for (int i = 0; i < 3; ++i) {
-    weights[i] = operand(packed);
+    weights[i] = operand(*given.parts[given.count == 3 ? i : 0]);
+    if (given.count == 3) continue;
+    const Tensor& packed = *given.parts[0];
+    const int64_t part = packed.size(0) / 3 * packed.stride(0) * packed.element_size();
     weights[i].data = static_cast<char*>(weights[i].data) + i * part;
   }
 }
 
-// memory_projection of operands as they are; what it results in is not there yet.
-ProjectionArgs projection_of(const Tensor& x, const Tensor& qkv_weight, const Tensor& beta_weight,
-                         const MaybeTensor& beta_bias, const MaybeTensor& decay_weight, const MaybeTensor& decay_bias,
-                         int64_t heads, bool normalize) {
+// H R, the rows of q's weight.
+int64_t memory_width(const QkvWeight& given) { return given.parts[0]->size(0) / (given.count == 3 ? 1 : 3); }
+
+// The results are not allocated yet.
+ProjectionArgs projection_args(const ProjectionOperands& o) {
   ProjectionArgs p{};
+  const Tensor& x = *o.x;
   const bool tokens = x.dim() == 3;
   p.B = tokens ? x.size(0) : 1, p.T = x.size(-2), p.D = x.size(-1);
-  p.H = heads, p.R = qkv_weight.size(0) / (3 * heads), p.normalize = normalize;
-  for (const MaybeTensor& w : {MaybeTensor(x), MaybeTensor(qkv_weight), MaybeTensor(beta_weight), beta_bias,
-                               decay_weight, decay_bias})
-    p.double_precision = p.double_precision || (w && w->scalar_type() == at::kDouble);
+  p.H = o.heads, p.R = memory_width(o.qkv_weight) / o.heads, p.normalize = o.normalize;
+  const QkvWeight& qkv = o.qkv_weight;
+  p.double_precision = any_double({o.x, qkv.parts[0], qkv.parts[1], qkv.parts[2], o.beta_weight, o.beta_bias,
+                                   o.decay_weight, o.decay_bias});
   p.x = {x.data_ptr(), dtype(x), {}};
   for (int64_t i = 0; i < x.dim(); ++i) p.x.stride[tokens ? i : i + 1] = x.stride(i);
-  split_qkv(qkv_weight, p.qkv_weight);
-  p.gates[0] = {operand(beta_weight), operand(beta_bias), beta_weight.size(0), nullptr};
-  p.gates[1] = {operand(decay_weight), operand(decay_bias), decay_weight ? decay_weight->size(0) : 0, nullptr};
+  set_qkv(qkv, p.qkv_weight);
+  p.gates[0] = {operand(o.beta_weight), operand(o.beta_bias), o.beta_weight->size(0), nullptr};
+  p.gates[1] = {operand(o.decay_weight), operand(o.decay_bias), o.decay_weight ? o.decay_weight->size(0) : 0, nullptr};
   return p;
 }
 
 typedef std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Projected;
 
-// q, k, v, beta, decay and norms, empty, of which p has the pointers from now on.
-Projected projected(ProjectionArgs& p, const Tensor& x) {
+// Allocates q, k, v, beta, decay and norms, and sets p's pointers to them.
+Projected allocate_results(ProjectionArgs& p, const Tensor& x) {
   const bool tokens = x.dim() == 3;
-  const auto options = x.options().dtype(p.double_precision ? at::kDouble : at::kFloat);
+  const auto options = arithmetic(x, p.double_precision);
   const auto rows = [&](int64_t numbers) {  // [B, T, H, R], or [B, T, H], as `numbers` says
     return numbers == p.H * p.R
                ? tokens ? at::empty({p.B, p.T, p.H, p.R}, options) : at::empty({p.T, p.H, p.R}, options)
@@ -58,8 +62,8 @@ Projected projected(ProjectionArgs& p, const Tensor& x) {
   return {q, k, v, beta, decay, norms};
 }
 
-// Strides of batch row, token, head and number; those of a row's numbers are the last of x. A dimension of one number
-// has the stride 0: it is the same for all.
+// Strides of batch row, token, head and number, where a row's numbers are x's last dimension. A dimension of size 1 has
+// stride 0, so that it broadcasts.
 Operand rows(const Tensor& x, int64_t leading, bool heads = false) {
   Operand o{x.data_ptr(), dtype(x), {}};
   for (int64_t i = 0; i < leading; ++i) o.stride[i] = x.size(i) == 1 ? 0 : x.stride(i);
@@ -67,27 +71,23 @@ Operand rows(const Tensor& x, int64_t leading, bool heads = false) {
   if (x.dim() > 0) o.stride[3] = x.stride(-1);
   return o;
 }
-Operand rows(const MaybeTensor& x, int64_t leading, bool heads = false) {
-  return x ? rows(*x, leading, heads) : Operand{};
-}
+Operand rows(TensorPtr x, int64_t leading, bool heads = false) { return x ? rows(*x, leading, heads) : Operand{}; }
+Operand rows(const MaybeTensor& x, int64_t leading) { return x ? rows(*x, leading) : Operand{}; }
 
-// The correction of rows like `like`; where the result goes is not said yet.
-CorrectionArgs correction_of(const Tensor& like, const MaybeTensor& base, const Tensor& reads, const Tensor& weight,
-                         const MaybeTensor& gain, const MaybeTensor& norm_weight, const MaybeTensor& cos,
-                         const MaybeTensor& sin, double scale, double norm_eps, int64_t head_dim) {
+// The correction of rows shaped like `like`, which is base or the gradient of the result. `out` is not set.
+CorrectionArgs correction_args(const CorrectionOperands& o, const Tensor& like) {
   CorrectionArgs c{};
   const int64_t leading = like.dim() - 1;
+  const Tensor& reads = *o.reads;
   const bool heads = reads.dim() == like.dim() + 1;
-  c.B = like.size(0), c.T = leading == 2 ? like.size(1) : 1, c.D = like.size(-1), c.K = weight.size(1);
+  c.B = like.size(0), c.T = leading == 2 ? like.size(1) : 1, c.D = like.size(-1), c.K = o.weight->size(1);
   c.H = heads ? reads.size(-2) : 1, c.R = reads.size(-1);
-  c.scale = scale, c.norm_eps = norm_eps, c.head_dim = head_dim;
-  c.base = rows(base, leading), c.reads = rows(reads, leading, heads), c.weight = rows(weight, 0, true);
-  c.weight.stride[1] = c.weight.stride[3];  // columns as tokens: a row from any column on
-  c.gain = rows(gain, 0), c.norm_weight = rows(norm_weight, 0);
-  c.cos = rows(cos, leading), c.sin = rows(sin, leading);
-  Operand like_rows = rows(like, leading);
-  for (Operand* x : {&like_rows, &c.reads, &c.weight, &c.gain, &c.norm_weight, &c.cos, &c.sin})
-    c.double_precision = c.double_precision || x->dtype == DType::f64;
+  c.scale = o.scale, c.norm_eps = o.norm_eps, c.head_dim = o.head_dim;
+  c.base = rows(o.base, leading), c.reads = rows(reads, leading, heads), c.weight = rows(o.weight, 0, true);
+  c.weight.stride[1] = c.weight.stride[3];  // columns take the place of tokens: a row can start at any column
+  c.gain = rows(o.gain, 0), c.norm_weight = rows(o.norm_weight, 0);
+  c.cos = rows(o.cos, leading), c.sin = rows(o.sin, leading);
+  c.double_precision = any_double({&like, o.reads, o.weight, o.gain, o.norm_weight, o.cos, o.sin});
   return c;
 }
 

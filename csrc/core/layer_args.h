@@ -14,8 +14,8 @@ struct Gate {
   void* out;
 };
 
-// memory_projection of B sequences of T tokens of D numbers. On a CPU the weights have unit stride along D and share one
-// dtype, which is float64 in double precision; a GPU takes any strides and dtypes. Results are contiguous and have
+// memory_projection of B sequences of T tokens of D numbers. On a CPU the weights have unit stride along D and share
+// one dtype, which is float64 in double precision; a GPU takes any strides and dtypes. Results are contiguous and have
 // the dtype of the arithmetic.
 struct ProjectionArgs {
   int64_t B, T, D, H, R;

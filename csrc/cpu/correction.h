@@ -1,5 +1,5 @@
 // attention_correction on a CPU, with the norm and rotary embedding of an attention layer in its fused form. The
-// formulas are in backends/reference_correction.py. Vectors run along a row, so the bits of a row do not depend on the
+// formulas are in backends/reference/correction.py. Vectors run along a row, so the bits of a row do not depend on the
 // others. A few rows share each pass over the weight.
 #pragma once
 

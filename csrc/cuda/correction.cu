@@ -1,5 +1,5 @@
 // attention_correction forward, with the norm and rotary embedding of an attention layer in its fused form. The
-// formulas are in backends/reference_correction.py.
+// formulas are in backends/reference/correction.py.
 #include "correction_common.h"
 
 namespace deltamem {

@@ -1,5 +1,5 @@
 // Gradients of attention_correction, except those of the weight and the gain, which are computed from these: through
-// rotary embedding and norm to the corrected rows and the reads. The formulas are in backends/reference_correction.py.
+// rotary embedding and norm to the corrected rows and the reads. The formulas are in backends/reference/correction.py.
 #include "correction_common.h"
 
 namespace deltamem {

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..ops._checks import MAX_RANK, check_mode
+from ..operands.checks import MAX_RANK, check_mode
 from .files import replace_file
 
 HEADS = ("q", "k", "v", "o")

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._checks import FLOATS, check_bool, check_device, check_float, check_mask, check_shape, fail
+from ..operands import SegmentOperands
+from ..operands.checks import FLOATS, check_bool, check_device, check_float, check_mask, check_shape, fail
 from ..ops.attention_correction import attention_correction
 from ..ops.delta_update import delta_update
 from ..ops.memory_decode import memory_decode
 from ..ops.memory_projection import MemoryProjection, memory_projection
-from ..ops.segment_mean import check as check_segments
 from ..ops.segment_mean import segment_mean
 from .config import HEADS, DeltaMemConfig
-from .decoding import Decoding
 from .writes import Writes, beginnings
 
 
@@ -28,48 +27,40 @@ class MemoryRead(NamedTuple):
     reads: Tensor
     """`[B, T, H, R]`, float32 (float64 where x is): what the state held for each token's query."""
     state: Tensor
-    """`[B, H, R, R]`, likewise: the state behind the call. Row = value, column = key."""
+    """`[B, H, R, R]`, likewise: the state after the call. Row = value, column = key."""
     writes: Writes | None
-    """What each token wrote; None where tokens wrote nothing, or messages wrote their means."""
+    """What each token wrote; None if tokens wrote nothing, or messages wrote their means."""
 
 
-def _own_storage(rows: Tensor) -> Tensor:
-    """The same memory as a storage of its own: to what writes checkpoints, parts of one storage are one tensor."""
-    try:
-        begin = rows.storage_offset() * rows.element_size()
-        storage = rows.untyped_storage()[begin : begin + rows.nbytes]
-    except NotImplementedError:  # on the meta device, where there is no memory
-        return rows
-    return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(storage, 0, rows.shape, rows.stride())
+class Correction(NamedTuple):
+    """What `attention_correction` needs besides base and reads."""
+
+    weight: Tensor
+    scale: float | Tensor
+    norm_weight: Tensor | None
+    norm_eps: float
 
 
 class DeltaMemory(nn.Module):
     """The memory of one attention layer (δ-mem, arXiv 2605.12357). It holds weights and no state.
 
-    Weights, under the names of the authors' code (H heads, rank R, G = H·R gates, or H without rankwise_gates):
-    memory_q_proj, memory_k_proj, memory_v_proj `[H·R, hidden]`; delta_q_proj … delta_o_proj `[out, H·R]`, of which
-    those that correct nothing are zero and not trained; beta_proj `[G, hidden]`, beta_bias `[G]`; lambda_proj and
-    lambda_bias likewise, where λ is not coupled; delta_scale_raw `[1]` or `[4]`, where it is trained;
-    delta_o_rmsnorm_weight `[out of o]`, where there is that norm.
+    The weights have the names of the authors' code (H heads, rank R, G = H·R gates, or H without rankwise_gates):
+    memory_q_proj, memory_k_proj, memory_v_proj `[H·R, hidden]`; delta_q_proj … delta_o_proj `[out, H·R]`, which are
+    zero and not trained where they correct nothing; beta_proj `[G, hidden]`, beta_bias `[G]`; lambda_proj and
+    lambda_bias likewise, if λ is not coupled; delta_scale_raw `[1]` or `[4]`, if the scale is trained;
+    delta_o_rmsnorm_weight `[out of o]`, if there is that norm.
 
     Args:
-        config: what the memory is.
-        hidden_size: of the hidden states that it reads.
-        out_features: of each projection that may be corrected: `{"q": ..., "k": ..., "v": ..., "o": ...}`.
-        base_weights: the weights of these projections, `[out, in]`, floating; needed only where output_init is
+        config: the configuration of the memory.
+        hidden_size: the size of the hidden states that it reads.
+        out_features: the output size of each projection that may be corrected, by the names "q", "k", "v" and "o".
+        base_weights: the weights of these projections, `[out, in]`, floating point. Required only if output_init is
             "base_slice" or "base_slice_fixed".
-        device, dtype: of the weights. float32 also beside a backbone of 16 bits or a quantised one.
-    """
+        device, dtype: of the weights. Use float32 also with a backbone of 16 bits or a quantised one.
 
-    memory_q_proj: nn.Parameter
-    memory_k_proj: nn.Parameter
-    memory_v_proj: nn.Parameter
-    delta_scale_raw: nn.Parameter | None
-    delta_o_rmsnorm_weight: nn.Parameter | None
-    lambda_proj: nn.Parameter | None
-    lambda_bias: nn.Parameter | None
-    _packed: Tensor
-    _known: Decoding | None
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
 
     def __init__(
         self,
@@ -109,20 +100,19 @@ class DeltaMemory(nn.Module):
             weight = parameter(out_features[head], width, trained=head in config.delta_heads)
             self.register_parameter(f"delta_{head}_proj", weight)
         self.beta_proj, self.beta_bias = parameter(gates, hidden_size), parameter(gates)
-        apart = not config.couple_lambda
-        self.lambda_proj = parameter(gates, hidden_size) if apart else None
-        self.lambda_bias = parameter(gates) if apart else None
+        coupled = config.couple_lambda
+        self.lambda_proj = None if coupled else parameter(gates, hidden_size)
+        self.lambda_bias = None if coupled else parameter(gates)
         scales = len(HEADS) if config.delta_scale_granularity == "head" else 1
         self.delta_scale_raw = parameter(scales) if config.trainable_delta_scale else None
         self.delta_o_rmsnorm_weight = None
         if config.delta_o_rmsnorm:
             self.delta_o_rmsnorm_weight = parameter(out_features["o"], trained="o" in config.delta_heads)
         self.reset_parameters(base_weights)
-        self._pack()
 
     @torch.no_grad()
     def reset_parameters(self, base_weights: dict[str, Any] | None = None) -> None:
-        """The weights as they start: a memory that is read and written, and with output_init "zero" changes nothing."""
+        """Initialise the weights. The memory is read and written; with output_init "zero" it changes no output."""
         config = self.config
         for name in ("q", "k", "v"):
             nn.init.kaiming_uniform_(getattr(self, f"memory_{name}_proj"), a=math.sqrt(5))
@@ -169,25 +159,25 @@ class DeltaMemory(nn.Module):
         num_segments: int | None = None,
         starts: Tensor | None = None,
     ) -> MemoryRead:
-        """Reads the memory for each token, and writes it.
+        """Read the memory for each token, and write it.
 
         Args:
             x: the layer's hidden states, `[B, T, hidden]`, any float dtype.
             state: `[B, H, R, R]`, float32 (float64 where x is); None means zeros.
             mask: `[B, T]` bool. A token that is False reads zeros and writes nothing.
-            write: False leaves the state as it is, and every token reads that.
-            segment_ids: `[B, T]` int32 or int64. With it a message (or sentence) writes once, its mean hidden state,
-                in the order of the ids, a negative one nothing; and every token reads the state from before. Without
-                it each token writes, and reads what the tokens before it left.
-            num_segments: more than the largest id; needed with segment_ids.
+            write: False leaves the state as it is, and every token reads that state.
+            segment_ids: `[B, T]` int32 or int64. With it a message (or sentence) writes once, its mean hidden state, in
+                the order of the ids. A negative id writes nothing, and every token reads the state from before the
+                call. Without it each token writes, and reads what the tokens before it left.
+            num_segments: more than the largest id; required with segment_ids.
             starts: `[B, T]` bool, for rows that hold several sequences: True where one begins, from zeros. A row's
-                first goes on from its state, and the new state is that behind its last.
+                first sequence continues from its state, and the new state is that of its last sequence.
 
         Returns:
             MemoryRead: reads, the new state, and what was written. Differentiable in x, state and the weights.
 
         Raises:
-            TypeError, ValueError: an argument that does not fit, before anything runs.
+            TypeError, ValueError: an argument does not fit; nothing has run.
         """
         self._check(x, state, mask, write, segment_ids, num_segments, starts)
         config = self.config
@@ -199,9 +189,9 @@ class DeltaMemory(nn.Module):
             return MemoryRead(*writes.scan(q, state), writes)
         if mask is not None:
             q = q.masked_fill(~mask[:, :, None, None], 0)
-        if starts is not None:  # which nothing has been written for
+        if starts is not None:  # sequences after a row's first read zeros
             q = q.masked_fill(beginnings(starts, mask).cumsum(1)[:, :, None, None] > 0, 0)
-        with torch.autocast(q.device.type, enabled=False):  # which would round the state
+        with torch.autocast(q.device.type, enabled=False):  # it would round the state
             reads = torch.einsum("bhij,bthj->bthi", state, q)
         if write and segment_ids is not None and num_segments is not None:
             means, written = segment_mean(x, segment_ids, num_segments, mask)
@@ -209,34 +199,32 @@ class DeltaMemory(nn.Module):
         return MemoryRead(reads, state, None)
 
     def zeros(self, x: Tensor) -> Tensor:
-        """The state that x begins with: `[B, H, R, R]`, float32, or float64 where x is."""
+        """Return the state that x starts from: zeros `[B, H, R, R]`, float32, or float64 where x is."""
         heads, rank = self.config.num_state_heads, self.config.rank
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return x.new_zeros((x.shape[0], heads, rank, rank), dtype=dtype)
 
     def correct(self, base: Tensor, reads: Tensor, head: str, *, out: Tensor | None = None) -> Tensor:
-        """The output of a projection, corrected by what was read; `base` itself where the head is not corrected.
+        """Correct the output of a projection by the reads; return `base` itself if the head is not corrected.
 
         Args:
             base: `[B, T, out]`, the output of the projection.
             reads: `[B, T, H, R]`, from `read`.
             head: "q", "k", "v" or "o".
-            out: where the result goes, `base` itself for example; None allocates.
+            out: gets the result, and may be `base` itself; None allocates.
 
         Returns:
-            `base + scale · reads Wᵀ`, with the RMSNorm of o's correction where there is one, in base's dtype.
+            `base + scale · reads Wᵀ`, with the RMSNorm of o's correction if there is one, in base's dtype.
 
         Raises:
-            TypeError, ValueError: an argument that does not fit, before anything runs.
+            TypeError, ValueError: an argument does not fit; nothing has run.
         """
         if head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
         if head not in self.config.delta_heads:
             return base if out is None or out is base else out.copy_(base)
-        if out is base and (decoding := self.decoding()) and decoding.correct(base, reads, head):
-            return base
-        weight, scale, norm, eps = self._correction(head)
-        return attention_correction(base, reads, weight, scale, norm_weight=norm, norm_eps=eps, out=out)
+        weight, scale, norm_weight, norm_eps = self._correction(head)
+        return attention_correction(base, reads, weight, scale, norm_weight=norm_weight, norm_eps=norm_eps, out=out)
 
     def step(
         self,
@@ -247,107 +235,69 @@ class DeltaMemory(nn.Module):
         head: str | None = None,
         base: Tensor | None = None,
     ) -> Tensor:
-        """One token for each of many requests: `read` and a `correct` in one call, in place, without a gradient.
+        """Decode one token for each of many requests: `read` and a `correct` in one call, in place, without gradients.
 
         Args:
             x: the layer's hidden states, `[N, hidden]`, any float dtype.
             state: `[slots, H, R, R]`, any float dtype: the requests' states, updated in place.
-            slots: `[N]` int32 or int64, where each request's state is; at -1 it reads zeros and writes nothing. None
-                means slot n for row n.
-            head: which projection base is the output of, "q", "k", "v" or "o".
-            base: `[N, out]`, corrected in place where that head is; None corrects nothing.
+            slots: `[N]` int32 or int64, the slot of each request's state; a request at -1 reads zeros and writes
+                nothing. None means slot n for row n.
+            head: the projection that base is the output of, "q", "k", "v" or "o".
+            base: `[N, out]`, corrected in place if that head is corrected; None corrects nothing.
 
         Returns:
-            What was read, `[N, H, R]`, float32, or float64 where x or a weight is.
+            The reads, `[N, H, R]`, float32, or float64 if x or a weight is.
 
         Raises:
-            TypeError, ValueError: an argument that does not fit, before anything runs.
+            TypeError, ValueError: an argument does not fit; nothing has run.
         """
         if (head is None) != (base is None) or not (head is None or head in HEADS):
             raise ValueError(f"head must be one of {', '.join(HEADS)} and given with base, got {head!r}")
         config = self.config
-        base = base if head in config.delta_heads else None
-        tensors = isinstance(x, Tensor) and isinstance(state, Tensor) and (base is None or isinstance(base, Tensor))
-        if slots is None and tensors and (decoding := self.decoding()):
-            reads = decoding.step(x, state, head, base)
-            if reads is not None:
-                return reads
-        correction: tuple[Any, ...] = (None, 1.0, None, 1e-6)
-        if head is not None and base is not None:
-            correction = self._correction(head)
-        weight, scale, norm, eps = correction
+        if head is None or head not in config.delta_heads:
+            return memory_decode(
+                state, x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk,
+                mode=config.state_update_mode, state_indices=slots,
+            ).reads  # fmt: skip
+        weight, scale, norm_weight, norm_eps = self._correction(head)
         return memory_decode(
             state, x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk,
             mode=config.state_update_mode, state_indices=slots, base=base, delta_weight=weight, scale=scale,
-            norm_weight=norm, norm_eps=eps, out=base,
+            norm_weight=norm_weight, norm_eps=norm_eps, out=base,
         ).reads  # fmt: skip
 
-    def decoding(self) -> Decoding | None:
-        """`step` and `correct` for the calls of one token, with everything looked up; None where gradients are recorded
-        or weights do not lie as they are read. Good until a weight is replaced."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        known = self._known
-        if known is None or not known.holds(self):
-            known = self._known = Decoding(self) if self._lie_packed() else None
-        return known
-
-    def _correction(self, head: str) -> tuple[Tensor, float | Tensor, Tensor | None, float]:
-        """Weight and scale of a head's correction, and of its norm weight and epsilon."""
+    def _correction(self, head: str) -> Correction:
+        """The weight, scale and norm of a head's correction."""
         config = self.config
         scale: float | Tensor = config.alpha / config.rank
-        if self.delta_scale_raw is not None:
-            raw = self.delta_scale_raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
+        if config.trainable_delta_scale:
+            raw = self._weight("delta_scale_raw")
+            raw = raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
             scale = scale * (torch.sigmoid(raw) * config.delta_scale_max)
-        norm = self.delta_o_rmsnorm_weight if config.delta_o_rmsnorm and head == "o" else None
-        return getattr(self, f"delta_{head}_proj"), scale, norm, config.delta_o_rmsnorm_eps
+        norm_weight = self._weight("delta_o_rmsnorm_weight") if config.delta_o_rmsnorm and head == "o" else None
+        return Correction(self._weight(f"delta_{head}_proj"), scale, norm_weight, config.delta_o_rmsnorm_eps)
 
     def _project(self, x: Tensor) -> MemoryProjection:
         config = self.config
         return memory_projection(x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk)
 
     def _weights(self) -> tuple[Any, ...]:
-        """What a projection takes, in its order."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._lie_packed():
-            qkv = torch.cat([self.memory_q_proj, self.memory_k_proj, self.memory_v_proj])
-        else:
-            qkv = self._packed
-        if self.config.couple_lambda or self.config.state_update_mode == "no_lambda":
-            return qkv, self.beta_proj, self.beta_bias, None, None  # λ = 1 in no_lambda, with weights or without
-        return qkv, self.beta_proj, self.beta_bias, self.lambda_proj, self.lambda_bias
+        """The weights in the order of `memory_projection`'s arguments."""
+        weight, config = self._weight, self.config
+        qkv = weight("memory_q_proj"), weight("memory_k_proj"), weight("memory_v_proj")
+        beta, beta_bias = weight("beta_proj"), weight("beta_bias")
+        if config.couple_lambda or config.state_update_mode == "no_lambda":  # where λ = 1 with weights or without
+            return qkv, beta, beta_bias, None, None
+        return qkv, beta, beta_bias, weight("lambda_proj"), weight("lambda_bias")
 
-    @torch.no_grad()
-    def _pack(self) -> None:
-        """Lays the weights of q, k and v behind each other, which is how the kernels read them: as parts of one tensor
-        they are never older than it, whoever changes them. Where they are moved apart they are joined at each call."""
-        weights = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj]
-        self._packed = torch.cat([weight.detach() for weight in weights])
-        self._known = None
-        for weight, rows in zip(weights, self._packed.chunk(3), strict=True):
-            weight.data = _own_storage(rows)
-
-    def _lie_packed(self) -> bool:
-        weights, start = self._parameters, self._packed.data_ptr()
-        q, k, v = weights.get("memory_q_proj"), weights.get("memory_k_proj"), weights.get("memory_v_proj")
-        if q is None or k is None or v is None:  # something shards or parametrises them
-            return False
-        size = k.data_ptr() - start
-        return q.data_ptr() == start and v.data_ptr() - start == 2 * size and size == q.nbytes
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeltaMemory:
-        super()._apply(fn, recurse)
-        if not self._lie_packed():
-            self._pack()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._pack()
+    def _weight(self, name: str) -> Tensor:
+        """A parameter by name. Looking into `_parameters` first takes a fifth of the time of a module's attribute; a
+        parameter that is sharded or parametrised is not there."""
+        parameter = self._parameters.get(name)
+        return getattr(self, name) if parameter is None else parameter
 
     def _check(self, x, state, mask, write, segment_ids, num_segments, starts) -> None:
+        """Raise TypeError or ValueError if an argument of `read` does not fit."""
         check_float("x", x, f"[B, T, hidden={self.hidden_size}]")
         if x.ndim != 3 or x.shape[2] != self.hidden_size:
             fail(ValueError, "x", f"[B, T, hidden={self.hidden_size}]", x)
@@ -359,19 +309,19 @@ class DeltaMemory(nn.Module):
                 fail(TypeError, "state", "float32 or float64", state)
             check_device("state", state, x.device, "x")
         if mask is not None:
-            check_mask(mask, (x.shape[0], x.shape[1]), x.device, "x")
+            check_mask(mask, (x.shape[0], x.shape[1]), ("x", x))
         check_bool("write", write)
         if (segment_ids is None) != (num_segments is None):
             missing = "num_segments" if num_segments is None else "segment_ids"
             raise ValueError(f"segment_ids and num_segments go together, got no {missing}")
         if segment_ids is not None:
-            check_segments(x, segment_ids, num_segments, mask)
+            SegmentOperands(x, segment_ids, num_segments, mask).check()
         if starts is not None:
             if not isinstance(starts, Tensor) or starts.dtype != torch.bool or starts.device != x.device:
                 fail(TypeError, "starts", f"a bool tensor [B, T] on x's device {x.device}", starts)
             check_shape("starts", starts, ((x.shape[0], x.shape[1]),), "[B, T]")
             if segment_ids is not None:
-                fail(ValueError, "starts", "None where messages or sentences write: they are a row's", starts)
+                fail(ValueError, "starts", "None where messages or sentences write, which belong to a row", starts)
 
     def extra_repr(self) -> str:
         config = self.config

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ...nn import DeltaMemConfig, DeltaMemory
 from ...nn.config import HEADS
-from ...nn.decoding import Decoding
 from ...nn.writes import Writes
 from .cache import LayerMemory, Step, layer_memory
 from .cache_keyword import given_cache
@@ -85,7 +84,7 @@ def install_memories(model: nn.Module, memories: dict[str, DeltaMemory]) -> list
         corrected = {f"{head}_proj": hook for head, hook in CORRECTIONS.items() if head in memory.config.delta_heads}
         for projection, hook in corrected.items():
             getattr(attention, projection).register_forward_hook(hook)
-        attention._corrected = tuple((projection, getattr(attention, projection)) for projection in corrected)
+        attention.corrected_projections = tuple((name, getattr(attention, name)) for name in corrected)
     for stack in _layer_stacks(modules, list(memories)):
         stack.register_forward_pre_hook(pass_context, with_kwargs=True)
     return list(memories)
@@ -105,7 +104,7 @@ def detach_memory(model: nn.Module) -> None:
                 ):
                     marks.pop(number, None)
     for _, attention in layers:
-        del attention.delta_memory, attention._corrected
+        del attention.delta_memory, attention.corrected_projections
 
 
 def _layer_stacks(modules: dict[str, nn.Module], names: list[str]) -> list[nn.Module]:
@@ -129,9 +128,7 @@ class LayerCall:
     before: Tensor | None
     """The state before the call. None means zeros."""
     after: Tensor
-    """The state after the call."""
-    decoding: Decoding | None = None
-    """Set for a decoding step (one token), which updates `after` in place."""
+    """The state after the call. A decoding step (one token) updates it in place."""
     slots: Tensor | None = None
     """For a decoding step, the index of each row's state in `after`, or -1 for padding. None if no row is padding."""
     reads: Tensor | None = None
@@ -140,12 +137,8 @@ class LayerCall:
 
     def step(self, head: str | None = None, base: Tensor | None = None) -> None:
         """Run the decoding step and correct the output `base` of a projection in place."""
-        x, base, reads = self.x.squeeze(1), None if base is None else base.squeeze(1), None
-        if self.slots is None and self.decoding is not None:
-            reads = self.decoding.step(x, self.after, head, base)
-        if reads is None:
-            reads = self.memory.step(x, self.after, slots=self.slots, head=head, base=base)
-        self.reads = reads.unsqueeze(1)
+        x, base = self.x.squeeze(1), None if base is None else base.squeeze(1)
+        self.reads = self.memory.step(x, self.after, slots=self.slots, head=head, base=base).unsqueeze(1)
 
 
 class _CallStack(threading.local):
@@ -164,7 +157,7 @@ def _before_attention(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tu
     x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     batch, tokens, _ = x.shape
     memory = attention._modules["delta_memory"]  # attribute access through nn.Module takes half a microsecond longer
-    for name, projection in attention._corrected:
+    for name, projection in attention.corrected_projections:
         if attention._modules[name] is not projection:
             raise RuntimeError(
                 f"{name} of layer {attention.layer_idx} was replaced after attach_memory and would not be corrected: "
@@ -185,13 +178,10 @@ def _before_attention(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tu
             state = state.to(x.device)
     mask = _mask(attention, batch, tokens, cache, kwargs.get("attention_mask"))
     segments = _segments(memory.config, call, x, decoding=tokens == 1 and cache is not None) if write else {}
-    decoding = None
-    if tokens == 1 and not segments:
-        decoding = memory.decoding()
-    if decoding is not None:
+    if tokens == 1 and not segments and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         slots = None if mask is None else torch.where(mask[:, 0], torch.arange(batch, device=mask.device), -1)
         after = memory.zeros(x) if state is None else state.clone()
-        current = LayerCall(attention, memory, layer, call, write, x, state, after, decoding, slots)
+        current = LayerCall(attention, memory, layer, call, write, x, state, after, slots)
     else:
         if starts is not None:  # position_ids may have one row for the whole batch
             starts = starts.to(x.device).expand(batch, tokens)
@@ -201,7 +191,7 @@ def _before_attention(attention: Any, args: tuple, kwargs: dict[str, Any]) -> tu
                 )
                 starts = None
         reads, after, writes = memory.read(x, state, mask=mask, write=write, starts=starts, **segments)
-        current = LayerCall(attention, memory, layer, call, write, x, state, after, None, None, reads, writes)
+        current = LayerCall(attention, memory, layer, call, write, x, state, after, None, reads, writes)
     _stack.calls.append(current)
     if context is _no_context:
         return None
@@ -246,8 +236,6 @@ def _correct(head: str, projection: nn.Module, args: tuple, output: Tensor) -> T
         return None
     in_place = not torch.is_grad_enabled() and not (args and output is args[0])
     if current.reads is not None:
-        if in_place and current.decoding is not None and current.decoding.correct(output, current.reads, head):
-            return None
         return current.memory.correct(output, current.reads, head, out=output if in_place else None)
     corrected = output if in_place else output.clone()
     current.step(head, corrected)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...ops._checks import INDICES, describe, fail
+from ...operands.checks import INDICES, describe, fail
 from .cache import LayerMemory
 from .layers import memory_layers
 from .masks import clear_mask_cache
@@ -60,7 +60,7 @@ class MemoryCall:
         sentence_ids: Tensor | None = None,
     ) -> None:
         self.layers = [attention for _, attention in memory_layers(model)]
-        self._layer_ids = {id(attention) for attention in self.layers}
+        self.layer_ids = {id(attention) for attention in self.layers}
         if not self.layers:
             raise ValueError("the model has no memory: call attach_memory first")
         if states is not None:
@@ -75,7 +75,7 @@ class MemoryCall:
         if self.segment_ids is not None:
             self.num_segments = int(self.segment_ids.max()) + 1 if self.segment_ids.numel() else 0
         self.is_open = False
-        self._outer: MemoryCall | None = None
+        self.outer: MemoryCall | None = None
 
     @property
     def states(self) -> dict[int, Tensor]:
@@ -116,7 +116,7 @@ class MemoryCall:
     def __enter__(self) -> MemoryCall:
         if self.is_open:
             raise RuntimeError("this MemoryCall is already open")
-        self.is_open, self._outer = True, _innermost.get()
+        self.is_open, self.outer = True, _innermost.get()
         _innermost.set(self)
         return self
 
@@ -124,9 +124,9 @@ class MemoryCall:
         self.is_open = False
         self._latest = dict(self.states)  # the cache may be used further
         if _innermost.get() is self:
-            outer, self._outer = self._outer, None
+            outer, self.outer = self.outer, None
             while outer is not None and not outer.is_open:
-                outer = outer._outer
+                outer = outer.outer
             _innermost.set(outer)
         elif kind is None:
             raise RuntimeError(
@@ -143,8 +143,8 @@ class MemoryCall:
 def active_call(attention: nn.Module) -> MemoryCall | None:
     """Return the innermost open MemoryCall of the model that an attention layer belongs to."""
     call = _innermost.get()
-    while call is not None and not (call.is_open and id(attention) in call._layer_ids):
-        call = call._outer
+    while call is not None and not (call.is_open and id(attention) in call.layer_ids):
+        call = call.outer
     return call
 
 

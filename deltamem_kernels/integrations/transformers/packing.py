@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...ops._checks import INDICES, fail
+from ...operands.checks import INDICES, fail
 from .cache_keyword import given_cache
 
 

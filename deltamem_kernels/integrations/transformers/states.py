@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...nn.files import replace_file
-from ...ops._checks import describe
+from ...operands.checks import describe
 from .layers import memory_layers
 
 FORMAT = {"format": "deltamem_kernels.states", "version": "1"}
