@@ -17,6 +17,7 @@ echo "== lint"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 "$python" -m mypy
+"$work/venv/bin/lint-imports"
 echo "== self-check of the installed package"
 (cd "$work" && "$python" -m deltamem_kernels && TRITON_INTERPRET=1 "$python" -m deltamem_kernels)
 echo "== tests"
