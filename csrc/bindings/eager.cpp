@@ -3,8 +3,7 @@
 //
 // Each function has three answers. The results, where the call is plain: nothing but a kernel on CPU tensors has to
 // run. False, where the operands fit but the call needs the registered operator: a gradient is wanted, or another
-// backend. None in all other cases: Python then checks the operands, and raises if one does not fit. eager_step and
-// eager_decode, which have no gradient, never answer False.
+// backend. None in all other cases: Python then checks the operands, and raises if one does not fit.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
@@ -80,11 +79,13 @@ bool is_writable_in_place(TensorPtr x) {
 enum class Answer { run, needs_operator, unknown };
 
 // Reads a record and looks at the call. `tensors` and `out` hold what the call writes outside of the record.
-template <class Record, class... Out>
+// An operation without a gradient is not differentiable: where one is wanted, Python raises.
+template <bool differentiable = true, class Record, class... Out>
 Answer examine(py::handle operands, py::handle backend, Record& record, Tensors tensors, Out... out) {
   if (!dispatch_is_plain() || !read_record(operands.ptr(), record)) return Answer::unknown;
   tensors.add_all(operands.ptr());
   if (!tensors.dense || !fits(record, out...)) return Answer::unknown;
+  if (!differentiable && tensors.gradient) return Answer::unknown;
   if (backend.ptr() != Py_None && !PyUnicode_Check(backend.ptr())) return Answer::unknown;
   return tensors.on_cpu() && !tensors.gradient && cpu_is_chosen(backend.ptr()) ? Answer::run : Answer::needs_operator;
 }
@@ -106,9 +107,11 @@ py::object eager_scan(py::handle operands, py::handle backend) {
 
 py::object eager_step(py::handle operands, py::handle backend) {
   StepOperands s;
-  if (examine(operands, backend, s, {}) != Answer::run) return py::none();
+  const Answer answer = examine<false>(operands, backend, s, {});
+  if (answer == Answer::unknown) return py::none();
   for (TensorPtr x : {s.state, s.intermediate_states, s.out})
     if (!is_writable_in_place(x)) return py::none();
+  if (answer != Answer::run) return declined(answer);
   step(s);
   bump_version(s.state), bump_version(s.intermediate_states), bump_version(s.out);
   return py::cast(true);
@@ -153,8 +156,10 @@ py::object eager_prefill(py::handle operands, py::handle backend) {
 
 py::object eager_decode(py::handle operands, py::handle backend) {
   DecodeOperands d;
-  if (examine(operands, backend, d, {}) != Answer::run) return py::none();
+  const Answer answer = examine<false>(operands, backend, d, {});
+  if (answer == Answer::unknown) return py::none();
   if (!is_writable_in_place(d.state) || !is_writable_in_place(d.out)) return py::none();
+  if (answer != Answer::run) return declined(answer);
   auto [reads, corrected] = decode(d);
   bump_version(d.state), bump_version(d.out);
   return py::make_tuple(reads, corrected);

@@ -3,7 +3,7 @@
 A C++ function has three answers. The results (True from `step`), where the call is plain: nothing but a kernel on CPU
 tensors has to run. False, where the operands fit, but a gradient is wanted or another backend is chosen: the caller
 calls the registered operator. None in all other cases: the caller first checks the operands in Python, which raises the
-errors. `step` and `decode`, which have no gradient, never answer False.
+errors.
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ def qkv_parts(qkv_weight: object) -> Sequence[Tensor]:
     if not isinstance(qkv_weight, tuple):
         return (qkv_weight,)  # type: ignore[return-value]
     if len(qkv_weight) != 3:
-        raise ValueError(
-            f"qkv_weight must be one tensor [3·H·R, D] or three [H·R, D], got {len(qkv_weight)} tensors"
-        )
+        raise ValueError(f"qkv_weight must be one tensor [3·H·R, D] or three [H·R, D], got {len(qkv_weight)} tensors")
     return qkv_weight
 
 

@@ -70,9 +70,11 @@ def delta_step(
         state, q, k, v, beta, decay, state_indices, num_accepted_tokens, intermediate_states, out, mode, pad_slot_id,
         update_state,
     )  # fmt: skip
-    if is_compiling() or not eager.step(operands, backend):
+    done = None if is_compiling() else eager.step(operands, backend)
+    if done is None:
         operands.check()
         check_backend(backend)
+    if not done:
         torch.ops.deltamem_kernels.delta_step(*operands, backend or "")
     return out
 

@@ -100,6 +100,7 @@ def memory_decode(
     if results is None:
         operands.check(heads=head_dim is not None)
         check_backend(backend)
+    if not results:
         results = torch.ops.deltamem_kernels.memory_decode(*operands, backend or "")
     reads, corrected = results
     return MemoryDecode(reads, None if base is None else corrected if out is None else out)
