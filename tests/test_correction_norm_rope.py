@@ -136,7 +136,9 @@ def test_nothing_outside_of_strided_operands_is_read(implementation, form, head_
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_operands_lose_no_more_than_plain_pytorch(implementation, form, dtype):
-    T = 6 if implementation.slow else 60
+    """Triton's interpreter truncates. In a few numbers that can exceed twice the error of rounding; in 40 rows it is
+    about 1.6 times that error."""
+    T = 40 if implementation.slow else 60
     check_16_bit(problem_of(form, implementation, T=T, dtype=dtype), implementation)
 
 

@@ -17,7 +17,7 @@ PROBLEMS = {
     "split projection": lambda **options: testing.projection_problem(2, 3, split=True, **options),
     "correction": lambda **options: testing.correction_problem(norm=True, **options),
     "correction of heads": lambda **options: testing.correction_problem(head_dim=6, rope=True, **options),
-    "segment mean": lambda **options: testing.segment_problem(2, 7, 3, 3, mask=True, **options),
+    "segment mean": lambda **options: testing.segment_problem(2, 20, 3, 3, mask=True, **options),
 }
 
 
