@@ -37,7 +37,6 @@ from deltamem_kernels.integrations.transformers import (
     detach_memory,
     get_memory,
     memory_layers,
-    set_memory,
 )
 from deltamem_kernels.integrations.transformers.masks import token_mask
 from deltamem_kernels.nn import DeltaMemConfig
@@ -370,38 +369,3 @@ def test_a_replaced_projection_raises_if_it_is_corrected(heads):
         logits(model, ids)
     detach_memory(model)
     assert logits(model, ids).isfinite().all()
-
-
-def test_arguments_that_do_not_fit_raise():
-    model, states = remembering(), {0: torch.zeros(2, 1, 8, 8), 1: torch.zeros(2, 1, 8, 8)}
-    ids = torch.zeros(2, 5, dtype=torch.long)
-    for arguments, message in (
-        ({"states": [1]}, "states must be a dict"),
-        ({"states": {0: states[0]}}, r"states must have the keys \[0, 1\] .*, got \[0\]"),
-        (
-            {"states": {**states, 1: torch.zeros(2, 8, 8)}},
-            r"states\[1\] must be float32 or float64 \[B, 1, 8, 8\], got float32",
-        ),
-        ({"states": {**states, 1: torch.zeros(3, 1, 8, 8)}}, "the same batch size"),
-        ({"write": 1}, "write must be True or False"),
-        ({"message_ids": ids}, "message_ids must be None .* 'token'"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            MemoryCall(model, **arguments)
-    with pytest.raises(ValueError, match="the model has no memory"):
-        MemoryCall(backbone())
-    sentences = remembering(memory_write_granularity="sentence_mean")
-    with pytest.raises(ValueError, match="sentence_ids must be given"):
-        MemoryCall(sentences, message_ids=ids)
-    with pytest.raises(TypeError, match="sentence_ids must be int32 or int64"):
-        MemoryCall(sentences, sentence_ids=ids.float())
-    with pytest.raises(ValueError, match=r"of 2 sequences, .* a batch of 3"), MemoryCall(model, states):
-        logits(model, tokens(3, 4))
-    cache = DynamicCache(config=model.config)
-    with pytest.raises(ValueError, match="states must have the keys"):
-        set_memory(model, cache, {})
-    with pytest.raises(TypeError, match="cache must be a Cache"):
-        set_memory(model, (), states)
-    set_memory(model, cache, states)
-    with pytest.raises(ValueError, match="of 2 sequences"):  # another batch: never a silent reset
-        logits(model, tokens(3, 4), cache=cache)

@@ -90,20 +90,9 @@ def projection_problem(
     return ProjectionProblem(project, operands, {"heads": H, "normalize": normalize})
 
 
-def project(
-    x: Tensor,
-    qkv_weight: Tensor | None = None,
-    beta_weight: Tensor | None = None,
-    beta_bias: Tensor | None = None,
-    decay_weight: Tensor | None = None,
-    decay_bias: Tensor | None = None,
-    *,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    v_weight: Tensor | None = None,
-    **options: Any,
-) -> MemoryProjection:
-    """Call `memory_projection`; the weights of q, k and v may be given one by one."""
-    weights: Any = (q_weight, k_weight, v_weight) if qkv_weight is None else qkv_weight
-    gates: Any = (beta_weight, beta_bias, decay_weight, decay_bias)
-    return memory_projection(x, weights, *gates, **options)
+def project(**call: Any) -> MemoryProjection:
+    """Call `memory_projection` by keywords; q_weight, k_weight and v_weight may take the place of qkv_weight."""
+    parts = tuple(call.pop(f"{name}_weight", None) for name in "qkv")
+    if parts[0] is not None:
+        call["qkv_weight"] = parts
+    return memory_projection(**{"beta_bias": None, **call})
