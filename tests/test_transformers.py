@@ -32,12 +32,12 @@ from transformers import (
 
 from deltamem_kernels.integrations.transformers import (
     MemoryCall,
-    attach,
     attach_memory,
     detach_memory,
     get_memory,
     memory_layers,
 )
+from deltamem_kernels.integrations.transformers.context import running
 from deltamem_kernels.integrations.transformers.masks import token_mask
 from deltamem_kernels.nn import DeltaMemConfig
 from deltamem_kernels.testing import relative_error
@@ -314,7 +314,8 @@ def test_after_an_error_the_memory_is_as_it_was():
         logits(model, ids, cache=cache)
     broken.remove()
     assert all(get_memory(cache)[index] is state for index, state in before.items())
-    assert attach._stack.calls == []
+    assert running.layer_call is None
+    assert running.context is None
 
 
 class Odd(torch.nn.Module):
@@ -355,17 +356,25 @@ def test_models_that_do_not_fit_raise(model, config, message):
 
 
 @pytest.mark.parametrize("heads", [("q", "o"), ()])
-def test_a_replaced_projection_raises_if_it_is_corrected(heads):
-    """PEFT replaces projections. One that is not corrected may be replaced; others need a new attach_memory."""
+@torch.no_grad()
+def test_a_replaced_projection_is_corrected(heads):
+    """PEFT replaces projections by modules that contain them."""
     model, ids = remembering(delta_heads=heads), tokens(1, 5)
     before, attention = logits(model, ids), model.model.layers[1].self_attn
     attention.v_proj = torch.nn.Sequential(attention.v_proj)
+    attention.q_proj = torch.nn.Sequential(attention.q_proj)
     assert torch.equal(logits(model, ids), before)
     attention.o_proj = copy.deepcopy(attention.o_proj)
-    if not heads:
-        assert torch.equal(logits(model, ids), before)
-        return
-    with pytest.raises(RuntimeError, match="o_proj of layer 1 was replaced after attach_memory"):
-        logits(model, ids)
+    assert torch.equal(logits(model, ids), before)
+    attention.q_proj[0].weight.mul_(2)
+    doubled = logits_without(model, ids)
     detach_memory(model)
-    assert logits(model, ids).isfinite().all()
+    assert torch.equal(logits(model, ids), doubled)
+
+
+def test_a_projection_that_is_not_called_raises():
+    model, ids = remembering(), tokens(1, 5)
+    attention = model.model.layers[1].self_attn
+    attention.q_proj.forward = attention.q_proj.original_class.forward.__get__(attention.q_proj)
+    with pytest.raises(RuntimeError, match=r"q_proj of layer 1 was not called, .* leave 'q' out of delta_heads"):
+        logits(model, ids)

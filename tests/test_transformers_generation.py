@@ -118,7 +118,7 @@ def test_cropping_more_tokens_than_are_kept_raises():
     assert cache.get_seq_length() == 12
     for _ in range(200):
         logits(model, ids[:, :1], cache=cache)
-    assert len(cache.memory[0].steps) == 128
+    assert len(cache.delta_memory[0].steps) == 128
     cache.crop(-128)
     with pytest.raises(ValueError, match="the memory can be cropped by at most 0 tokens, got 1"):
         cache.crop(-1)

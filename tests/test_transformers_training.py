@@ -13,7 +13,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
-from deltamem_kernels.integrations.transformers import MemoryCall, attach, get_memory, memory_layers
+from deltamem_kernels.integrations.transformers import MemoryCall, get_memory, layer_call, memory_layers
+from deltamem_kernels.integrations.transformers.context import running
 from deltamem_kernels.nn import DeltaMemConfig
 from deltamem_kernels.testing import relative_error
 
@@ -92,7 +93,7 @@ def test_messages_write_their_means(kind):
 
 
 def test_tokens_without_messages_warn_once():
-    attach._warn_of_tokens.cache_clear()
+    layer_call._warn_of_tokens.cache_clear()
     model, ids = remembering(memory_write_granularity="message_mean"), tokens(1, 5)
     with pytest.warns(UserWarning, match="no ids were given") as caught:
         ours = logits(model, ids)  # two layers
@@ -156,13 +157,13 @@ def test_padding_and_offsets_are_not_taken_for_packed_rows():
     model, ids = remembering(), tokens(2, 6)
     attention = model.model.layers[0].self_attn
     seen = []
-    attention.register_forward_pre_hook(lambda m, a, k: seen.append("delta_memory_call" in k), with_kwargs=True)
+    attention.register_forward_pre_hook(lambda *_: seen.append(running.context.starts))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     logits(model, ids, attention_mask=mask, position_ids=torch.tensor([[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]))
     logits(model, ids, position_ids=torch.arange(6)[None] + 3)
     logits(model, ids)
     logits(model, ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=True)  # one sequence to attention too
-    assert seen == [False] * 4
+    assert seen == [None] * 4
 
 
 def test_packed_rows_that_do_not_fit_raise():

@@ -32,6 +32,16 @@ class MemoryRead(NamedTuple):
     """What each token wrote; None if tokens wrote nothing, or messages wrote their means."""
 
 
+class MemoryOutput(NamedTuple):
+    """What a call of `DeltaMemory` returns: a `MemoryRead`, and the corrections."""
+
+    reads: Tensor
+    state: Tensor
+    writes: Writes | None
+    corrections: dict[str, Tensor]
+    """For each corrected head, `[B, T, out]`, float32 (float64 where x is), to be added to the projection's output."""
+
+
 class Correction(NamedTuple):
     """What `attention_correction` needs besides base and reads."""
 
@@ -147,6 +157,49 @@ class DeltaMemory(nn.Module):
             self.delta_scale_raw.fill_(math.log(share / (1 - share)))
         if self.delta_o_rmsnorm_weight is not None:
             self.delta_o_rmsnorm_weight.fill_(1)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        write: bool = True,
+        segment_ids: Tensor | None = None,
+        num_segments: int | None = None,
+        starts: Tensor | None = None,
+    ) -> MemoryOutput:
+        """Read and write the memory as `read` does, and compute the correction of each corrected head.
+
+        A call of the module gives all that a layer needs at once. Hooks, parametrizations, FSDP and offloading apply to
+        it. `read` and `correct` give the same without them; `correct` fuses a correction with its addition.
+
+        Args: as for `read`.
+
+        Returns:
+            MemoryOutput: reads, the new state, what was written, and the corrections.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; nothing has run.
+        """
+        reads, after, writes = self.read(
+            x, state, mask=mask, write=write, segment_ids=segment_ids, num_segments=num_segments, starts=starts
+        )
+        zero = reads.new_zeros(())
+        corrections = {}
+        for head in self.config.delta_heads:
+            base = zero.expand(*x.shape[:-1], self._weight(f"delta_{head}_proj").shape[0])
+            corrections[head] = self.correct(base, reads, head)
+        return MemoryOutput(reads, after, writes, corrections)
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether hooks, a subclass or a replaced forward expect the module to be called."""
+        return (
+            type(self) is not DeltaMemory
+            or "forward" in self.__dict__
+            or bool(self._forward_pre_hooks or self._forward_hooks or self._backward_hooks or self._backward_pre_hooks)
+        )
 
     def read(
         self,

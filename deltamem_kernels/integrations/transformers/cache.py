@@ -3,8 +3,9 @@
 transformers has its own slots for recurrent states, but only in layers of other types (linear attention), which a
 model's configuration selects and which cannot be cropped. The memory's states are therefore stored next to the layers.
 
-The class of a cache that is passed to a model is replaced by a subclass with the memory's states. Copying, reordering,
-selecting, cropping or resetting the cache then does the same to the states.
+The states are an attribute of the cache, so that copying and pickling a cache includes them. The methods of `Cache`
+that reorder, select, crop or reset it are extended to do the same to the states. They are extended in the class, for
+all caches, because `torch.compile` traces setting an attribute of a cache but not replacing its class.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -21,7 +23,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from ...nn.writes import Writes
 from .states import check_states
 
-ROLLBACK = 128  # tokens that can always be cropped; the latest call can be cropped even if it has more
+ROLLBACK = 128  # tokens that can always be cropped; the latest call can be cropped even if it has more. Compiled calls
+# record the latest call only.
 
 QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
@@ -57,6 +60,9 @@ class LayerMemory:
     def advance(self, state: Tensor, step: Step) -> None:
         """Set the state after a call and record the call."""
         self.state = state
+        if torch.compiler.is_compiling():  # a record that grows would be compiled again for each token
+            self.steps, self.recorded_tokens = deque([step]), step.tokens
+            return
         self.steps.append(step)
         self.recorded_tokens += step.tokens
         while self.recorded_tokens - self.steps[0].tokens >= ROLLBACK:
@@ -95,89 +101,111 @@ class LayerMemory:
         self.recorded_tokens = 0
 
 
-class MemoryCache:
-    """Mixin for the class of a cache that applies its operations to the memory's states as well."""
+def _with_memory(method: Callable, change: Callable) -> Callable:
+    """Return a cache's method that applies `change` to the memory in the cache as well."""
 
-    memory: dict[int, LayerMemory]
+    @functools.wraps(method)
+    def with_memory(self: Any, *args: Any, **kwargs: Any) -> None:
+        memory = self.__dict__.pop(NAME, None)  # a subclass may call the method of its base
+        if memory is None:
+            return method(self, *args, **kwargs)
+        try:
+            return change(self, memory, functools.partial(method, self), *args, **kwargs)
+        finally:
+            self.__dict__[NAME] = memory
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._select(lambda state: state.index_select(0, beam_idx.to(state.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._select(lambda state: state[indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._select(lambda state: state.repeat_interleave(repeats, dim=0))
-
-    def crop(self, length: int) -> None:
-        """Crop keys and values as transformers does, and undo the same number of tokens in the memory.
-
-        Raises:
-            ValueError: the memory cannot undo so many tokens, or the cache is quantised, which transformers cannot
-                crop. The cache is then unchanged.
-        """
-        if any(isinstance(layer, QUANTIZED) for layer in self.layers):  # type: ignore[attr-defined]
-            raise ValueError("a quantised cache cannot be cropped")
-        cached = self.get_seq_length()  # type: ignore[attr-defined]
-        for layer in self.memory.values():
-            layer.check_crop(min(-length, cached) if length < 0 else cached - length if length else 0)
-        super().crop(length)  # type: ignore[misc]
-        for layer in self.memory.values():
-            layer.crop(cached - self.get_seq_length())  # type: ignore[attr-defined]
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.memory.clear()
-
-    def __reduce_ex__(self, protocol: object) -> tuple:
-        return _unpickle, (type(self).__bases__[1], self.__dict__)  # pickle cannot find dynamically created classes
-
-    def _select(self, change: Callable[[Tensor], Tensor]) -> None:
-        for layer in self.memory.values():
-            layer.select(change)
+    with_memory.applies_to_memory = True  # type: ignore[attr-defined]
+    return with_memory
 
 
-@functools.cache
-def _memory_class(cls: type) -> type:
-    """Return the subclass of a cache class that holds a memory."""
-    return type(f"{cls.__name__}WithMemory", (MemoryCache, cls), {"__module__": __name__})
+def _select(memory: dict[int, LayerMemory], change: Callable[[Tensor], Tensor]) -> None:
+    for layer in memory.values():
+        layer.select(change)
 
 
-def _unpickle(cls: type, fields: dict) -> object:
-    """Restore a cache with a memory from a pickle."""
-    cache: Any = object.__new__(cls)
-    cache.__dict__.update(fields)
-    cache.__class__ = _memory_class(cls)
-    return cache
+def _reorder_cache(cache: Any, memory: dict[int, LayerMemory], reorder: Callable, beam_idx: Tensor) -> None:
+    reorder(beam_idx)
+    _select(memory, lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+
+def _batch_select_indices(cache: Any, memory: dict[int, LayerMemory], select: Callable, indices: Tensor) -> None:
+    select(indices)
+    _select(memory, lambda state: state[indices])
+
+
+def _batch_repeat_interleave(cache: Any, memory: dict[int, LayerMemory], repeat: Callable, repeats: int) -> None:
+    repeat(repeats)
+    _select(memory, lambda state: state.repeat_interleave(repeats, dim=0))
+
+
+def _crop(cache: Any, memory: dict[int, LayerMemory], crop: Callable, length: int) -> None:
+    """Crop keys and values as transformers does, and undo the same number of tokens in the memory.
+
+    Raises:
+        ValueError: the memory cannot undo so many tokens, or the cache is quantised, which transformers cannot crop.
+            The cache is then unchanged.
+    """
+    if any(isinstance(layer, QUANTIZED) for layer in cache.layers):
+        raise ValueError("a quantised cache cannot be cropped")
+    cached = cache.get_seq_length()
+    for layer in memory.values():
+        layer.check_crop(min(-length, cached) if length < 0 else cached - length if length else 0)
+    crop(length)
+    for layer in memory.values():
+        layer.crop(cached - cache.get_seq_length())
+
+
+def _reset(cache: Any, memory: dict[int, LayerMemory], reset: Callable) -> None:
+    reset()
+    memory.clear()
+
+
+NAME = "delta_memory"  # the attribute of a cache with its memory, layer index to LayerMemory
+METHODS: dict[str, Callable] = {
+    "reorder_cache": _reorder_cache,
+    "batch_select_indices": _batch_select_indices,
+    "batch_repeat_interleave": _batch_repeat_interleave,
+    "crop": _crop,
+    "reset": _reset,
+}
+
+
+def apply_to_memory(cls: type) -> None:
+    """Make a cache class apply its changes to the memory in a cache as well. Caches without a memory do not change."""
+    for name, change in METHODS.items():
+        method = getattr(cls, name)
+        if not hasattr(method, "applies_to_memory"):
+            setattr(cls, name, _with_memory(method, change))
+
+
+apply_to_memory(Cache)
 
 
 def cache_memory(cache: object) -> dict[int, LayerMemory]:
-    """Return the memory in a cache, by layer index. The cache's class is replaced so that it can hold a memory.
+    """Return the memory in a cache, by layer index. It is created if there is none.
 
     Raises:
         TypeError: the argument is not a cache of a decoder.
         ValueError: the argument is the paged cache of `generate_batch`.
     """
-    if isinstance(cache, MemoryCache):
-        return cache.memory
+    memory = getattr(cache, NAME, None)
+    if memory is not None:
+        return memory
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         from transformers.generation.continuous_batching import PagedAttentionCache  # imports its scheduler too
 
         if isinstance(cache, PagedAttentionCache):
             raise ValueError("a paged cache (generate_batch) cannot hold the states of a memory: use generate")
         raise TypeError(f"cache must be a Cache of transformers for one decoder, got {type(cache).__name__}")
-    memory: dict[int, LayerMemory] = {}
-    cache.__class__ = _memory_class(type(cache))  # type: ignore[arg-type]
-    cache.memory = memory  # type: ignore[attr-defined]
+    apply_to_memory(type(cache))  # a subclass may have methods of its own
+    memory = {}
+    setattr(cache, NAME, memory)
     return memory
 
 
 def layer_memory(cache: object, index: int) -> LayerMemory:
     """Return the memory of one layer in a cache. An empty one is created if there is none."""
-    memory = cache.memory if isinstance(cache, MemoryCache) else cache_memory(cache)
+    memory = cache_memory(cache)
     layer = memory.get(index)
     if layer is None:
         layer = memory[index] = LayerMemory()
@@ -192,7 +220,7 @@ def get_memory(cache: Cache) -> dict[int, Tensor]:
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"cache must be a Cache of transformers, got {type(cache).__name__}")
-    memory = cache.memory if isinstance(cache, MemoryCache) else {}
+    memory = getattr(cache, NAME, {})
     return {index: layer.state for index, layer in memory.items() if layer.state is not None}
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextvars
+import itertools
 import warnings
 from types import TracebackType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...operands.checks import INDICES, describe, fail
 from .cache import LayerMemory
+from .context import Attachment
 from .layers import memory_layers
-from .masks import clear_mask_cache
-from .packing import sequence_starts
+from .open_calls import enter, innermost, leave
 from .states import check_states
 
-CONTEXT_KEYWORD = "delta_memory_call"  # passes the StackContext from the stack of layers to its attention modules
-
-_innermost: contextvars.ContextVar[MemoryCall | None] = contextvars.ContextVar("innermost", default=None)
+_numbers = itertools.count(1)
 
 
 class MemoryCall:
@@ -59,10 +56,12 @@ class MemoryCall:
         message_ids: Tensor | None = None,
         sentence_ids: Tensor | None = None,
     ) -> None:
-        self.layers = [attention for _, attention in memory_layers(model)]
-        self.layer_ids = {id(attention) for attention in self.layers}
-        if not self.layers:
+        layers = [attention for _, attention in memory_layers(model)]
+        if not layers:
             raise ValueError("the model has no memory: call attach_memory first")
+        self.number = next(_numbers)
+        self.attachments: list[Attachment] = list({layer.memory_attachment: None for layer in layers})
+        self.granularity = layers[0].delta_memory.config.memory_write_granularity
         if states is not None:
             check_states(model, states)
         if not isinstance(write, bool):
@@ -89,7 +88,7 @@ class MemoryCall:
 
     def _combine_ids(self, message_ids: Tensor | None, sentence_ids: Tensor | None) -> Tensor | None:
         """Check the ids and return those of the segments that are written."""
-        granularity = self.layers[0].delta_memory.config.memory_write_granularity
+        granularity = self.granularity
         for name, ids, use in (
             ("message_ids", message_ids, ("message_mean", "sentence_mean")),
             ("sentence_ids", sentence_ids, ("sentence_mean",)),
@@ -116,23 +115,26 @@ class MemoryCall:
     def __enter__(self) -> MemoryCall:
         if self.is_open:
             raise RuntimeError("this MemoryCall is already open")
-        self.is_open, self.outer = True, _innermost.get()
-        _innermost.set(self)
+        self.is_open, self.outer = True, innermost()
+        enter(self)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.is_open = False
         self._latest = dict(self.states)  # the cache may be used further
-        if _innermost.get() is self:
+        if innermost() is self:
             outer, self.outer = self.outer, None
             while outer is not None and not outer.is_open:
                 outer = outer.outer
-            _innermost.set(outer)
-        elif kind is None:
-            raise RuntimeError(
-                "a MemoryCall was closed before another one that was opened inside it, as happens if its `with` block "
-                "contains a `yield`. Calls of the model since then have used the states of the other MemoryCall"
-            )
+            leave(self, outer)
+        else:
+            leave(self, innermost())
+            if kind is None:
+                raise RuntimeError(
+                    "a MemoryCall was closed before another one that was opened inside it, as happens if its `with` "
+                    "block contains a `yield`. Calls of the model since then have used the states of the other "
+                    "MemoryCall"
+                )
         if kind is None and not self._latest:
             warnings.warn(
                 "deltamem_kernels: the model was not called inside this MemoryCall (other threads do not see it)",
@@ -140,29 +142,9 @@ class MemoryCall:
             )
 
 
-def active_call(attention: nn.Module) -> MemoryCall | None:
-    """Return the innermost open MemoryCall of the model that an attention layer belongs to."""
-    call = _innermost.get()
-    while call is not None and not (call.is_open and id(attention) in call.layer_ids):
+def active_call(attachment: Attachment) -> MemoryCall | None:
+    """Return the innermost open MemoryCall of the model that an attached memory belongs to."""
+    call = innermost()
+    while call is not None and not (call.is_open and any(of is attachment for of in call.attachments)):
         call = call.outer
     return call
-
-
-class StackContext(NamedTuple):
-    """The context that all attention modules share in one call of the stack of layers."""
-
-    call: MemoryCall | None
-    starts: Tensor | None
-    """`[B or 1, T]` bool, True where a packed sequence begins."""
-
-
-def pass_context(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Hook of the stack of layers: pass the context to the attention modules as a keyword argument.
-
-    Checkpointed layers are called again in backward, with the same arguments, when the `with` block may have ended.
-    """
-    clear_mask_cache()
-    starts, call = sequence_starts(stack, args, kwargs), None
-    if _innermost.get() is not None:
-        call = next((call for _, attention in memory_layers(stack) if (call := active_call(attention))), None)
-    return None if call is None and starts is None else (args, {**kwargs, CONTEXT_KEYWORD: StackContext(call, starts)})

@@ -9,11 +9,23 @@ from torch import nn
 from ...nn import DeltaMemConfig, DeltaMemory
 from ...nn.config import HEADS
 from .cache_keyword import CACHE_KEYWORDS, cache_keyword
+from .extending import Extension
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # names of the module in a wrapper
 
 
 def memory_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Return names and modules of the attention layers with a memory, which is their submodule `delta_memory`."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "delta_memory", None), DeltaMemory)]
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Extension) and "delta_memory" in module._modules
+    ]
+
+
+def memory_of(attention: Any) -> DeltaMemory:
+    """Return the memory of an attention layer, without what wraps it, such as PEFT's modules_to_save."""
+    return attention.delta_memory.read.__self__
 
 
 def attention_layers(model: nn.Module, config: DeltaMemConfig) -> list[tuple[str, Any]]:
@@ -23,7 +35,9 @@ def attention_layers(model: nn.Module, config: DeltaMemConfig) -> list[tuple[str
         ValueError: there is none, or some of target_layers are missing. The message gives the reason.
     """
     named: list[tuple[str, Any]] = [
-        (n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in config.target_modules
+        (name, module)
+        for name, module in model.named_modules()
+        if _own_name(name) in config.target_modules and not any(hasattr(module, wrapper) for wrapper in WRAPPERS)
     ]
     if not named:
         raise ValueError(f"target_modules: the model has no module named {' or '.join(config.target_modules)}")
@@ -56,6 +70,11 @@ def _why_not(attention: nn.Module) -> str | None:
     if cache_keyword(attention) is None:
         return f"does not take {' or '.join(CACHE_KEYWORDS)}, which holds the states"
     return None
+
+
+def _own_name(name: str) -> str:
+    """Return the last part of a module's name that does not come from a wrapper."""
+    return next((part for part in reversed(name.split(".")) if part not in WRAPPERS), "")
 
 
 def _class_name(module: nn.Module) -> str:

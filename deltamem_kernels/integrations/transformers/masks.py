@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+
+MASKED = -1000.0
 
 
 def token_mask(attention_mask: object, batch: int, tokens: int, past: int | Tensor) -> Tensor | None:
     """Return a mask `[B, T]` bool, False for padding, or None if there is no attention mask.
 
-    A token is padding if it may not attend to itself. In a mask over queries and keys this is the entry of token i for
-    its own key, `past + i`, or one of the last T keys if a sliding window has dropped the oldest keys.
+    A token is padding if it may not attend to itself: False in a boolean mask, a score of -1000 or less in an additive
+    one (-inf, the dtype's minimum, -1e9, -65504 and -1e4 are in use, and exp(-1000) is 0). In a mask over queries and
+    keys this is the entry of token i for its own key, `past + i`, or one of the last T keys if a sliding window has
+    dropped the oldest keys.
 
     Args:
         attention_mask: None; `[B, keys]`, zero for padding; `[B or 1, heads, T, keys]`, bool (True attends) or floating
@@ -54,41 +55,8 @@ def token_mask(attention_mask: object, batch: int, tokens: int, past: int | Tens
     if diagonal.dtype != torch.bool:
         if not diagonal.is_floating_point():
             raise TypeError(f"a 4-D attention_mask must be bool or floating, got {diagonal.dtype}")
-        diagonal = diagonal > torch.finfo(diagonal.dtype).min / 2
+        diagonal = diagonal > MASKED
     return diagonal.expand(batch, tokens)
-
-
-class _MaskCache(threading.local):
-    """The latest token mask, with what it was computed from."""
-
-    attention_mask: weakref.ref | None = None
-    key: tuple | None = None
-    token_mask: Tensor | None = None
-
-
-_cache = _MaskCache()
-
-
-def cached_token_mask(attention_mask: object, batch: int, tokens: int, past: int | Tensor) -> Tensor | None:
-    """Like `token_mask`, but computed once for all layers of a call. On a CPU also None if there is no padding.
-
-    The mask is not cached if `past` is a tensor. It is recomputed in every call of the model (`clear_mask_cache`).
-    """
-    cacheable = isinstance(attention_mask, Tensor) and not attention_mask.is_inference() and isinstance(past, int)
-    if not cacheable or torch.compiler.is_compiling():
-        return token_mask(attention_mask, batch, tokens, past)
-    key = (attention_mask._version, batch, tokens, past)  # type: ignore[attr-defined]
-    if _cache.attention_mask is None or _cache.attention_mask() is not attention_mask or _cache.key != key:
-        mask = token_mask(attention_mask, batch, tokens, past)
-        if mask is not None and mask.device.type == "cpu" and mask.all():
-            mask = None
-        _cache.attention_mask, _cache.key, _cache.token_mask = weakref.ref(attention_mask), key, mask  # type: ignore[type-var]
-    return _cache.token_mask
-
-
-def clear_mask_cache() -> None:
-    """Discard the cached mask. The attention mask may have changed without an increase of its version counter."""
-    _cache.attention_mask = None
 
 
 def own_key_indices(tokens: int, keys: int, past: int | Tensor, device: torch.device) -> Tensor:

@@ -18,8 +18,10 @@ def sequence_starts(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Te
 
     Sequences are given by `cu_seq_lens_q`. Without it they are detected where `position_ids` do not increase by one,
     in calls without a mask `[B, keys]` and without a cache (`use_cache=False`): these are the calls in which
-    transformers' masks separate packed sequences. If a model's positions have three axes (Qwen2-VL), the text positions
-    are used, the first of `[4, B, T]`. The result is computed on the tensors' device without synchronising a GPU.
+    transformers' masks separate packed sequences. Under a mask of the caller's own, of four dimensions or for flex
+    attention, positions may have gaps; a sequence then begins where they do not increase. If a model's positions have
+    three axes (Qwen2-VL), the text positions are used, the first of `[4, B, T]`. The result is computed on the tensors'
+    device without synchronising a GPU.
 
     Args:
         stack: the module that owns the layers.
@@ -44,8 +46,9 @@ def sequence_starts(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Te
         return None
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return None
-    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
-    if starts.device.type == "cpu" and not starts.any():
+    growth = position_ids.diff(dim=1)
+    starts = F.pad(growth != 1 if mask is None else growth < 1, (1, 0))
+    if starts.device.type == "cpu" and not torch.compiler.is_compiling() and not starts.any():
         return None
     return starts
 

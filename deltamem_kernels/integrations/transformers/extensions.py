@@ -1,0 +1,149 @@
+"""The modules of a model with a memory: what each of them does besides what it did before."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .call import active_call
+from .context import KEYWORD, Attachment, running
+from .extending import Extension, extend, restore
+from .layer_call import LayerCall
+from .packing import sequence_starts
+
+PAGED = (
+    "generate_batch and continuous batching do not support a memory: a paged cache cannot hold its states. Use generate"
+)
+
+
+class Model(Extension):
+    """A model of transformers. Methods that would lose the memory or its states raise or warn."""
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(PAGED)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(PAGED)
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(PAGED)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            "deltamem_kernels: save_pretrained writes the memory's weights among those of the model, and "
+            "from_pretrained does not load them: save the memory with save_adapter(model, folder), and the model after "
+            "detach_memory(model)",
+            stacklevel=2,
+        )
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+class Stack(Extension):
+    """The stack of layers. It creates the context of a call."""
+
+    memory_attachment: Attachment
+    memory_lists: tuple[str, ...]
+    """Names of the lists of layers."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        attachment = self.memory_attachment
+        starts = sequence_starts(self, args, kwargs)  # type: ignore[arg-type]
+        context = attachment.context_of_stack(active_call(attachment), starts, (*args, *kwargs.values()))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for name in self.memory_lists:  # layers may have been wrapped since
+                carry_context(self.get_submodule(name))  # type: ignore[attr-defined]
+        outer, running.context = running.context, context
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            running.context = outer
+
+
+class Carrier(Extension):
+    """An entry of a list of layers: a layer, or what wraps it. It is called with the context, for checkpointing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and running.context is not None and KEYWORD not in kwargs:
+            kwargs[KEYWORD] = running.context
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+class Layer(Carrier):
+    """A layer. It makes the context that it is called with current."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        context = kwargs.pop(KEYWORD, None)
+        if context is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        outer, running.context = running.context, context
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            running.context = outer
+
+
+class Attention(Extension):
+    """An attention module. Before its own forward it reads and writes the memory, its submodule `delta_memory`."""
+
+    memory_attachment: Attachment
+    corrected_projections: tuple[tuple[str, nn.Module], ...]
+    """For each corrected head, the projection that is extended."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for head, projection in self.corrected_projections:
+            if self._modules[f"{head}_proj"] is not projection:  # type: ignore[attr-defined]
+                extend_projections(self)
+                break
+        context = running.context or self.memory_attachment.context_of_attention()
+        x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        call = LayerCall(self, context, x, kwargs)
+        outer, running.layer_call = running.layer_call, call
+        try:
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            running.layer_call = outer
+        call.finish()
+        return output
+
+
+class Projection(Extension):
+    """A projection that the memory corrects."""
+
+    memory_head: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        call, head = running.layer_call, self.memory_head
+        if call is None or call.attention._modules[f"{head}_proj"] is not self:
+            return output
+        return call.correct(head, output, in_place=not torch.is_grad_enabled() and not (args and output is args[0]))
+
+
+def carry_context(layers: nn.Module) -> None:
+    """Extend the entries of a list of layers, unless they are extended."""
+    for layer in layers.children():
+        if not isinstance(layer, Carrier):
+            extend(layer, Carrier)
+
+
+def extend_projections(attention: Any) -> None:
+    """Extend the corrected projections of an attention module, which PEFT may have replaced since."""
+    heads = [head for head, _ in attention.corrected_projections]
+    restore_projections(attention)
+    for head in heads:
+        projection = attention._modules[f"{head}_proj"]
+        if not isinstance(projection, Projection):  # a copy of an extended one is extended
+            extend(projection, Projection)
+        object.__setattr__(projection, "memory_head", head)
+    attention.corrected_projections = tuple((head, attention._modules[f"{head}_proj"]) for head in heads)
+
+
+def restore_projections(attention: Any) -> None:
+    """Restore the projections of an attention module."""
+    for _, projection in attention.corrected_projections:
+        if isinstance(projection, Projection):
+            restore(projection)
+            object.__delattr__(projection, "memory_head")

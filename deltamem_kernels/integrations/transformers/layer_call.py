@@ -1,0 +1,137 @@
+"""One call of an attention module with a memory: read and write the memory, correct the projections, keep the state."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...nn import DeltaMemConfig
+from .cache import LayerMemory, Step, layer_memory
+from .cache_keyword import given_cache
+from .call import MemoryCall, active_call
+from .context import StackContext
+
+
+class LayerCall:
+    """A running call of an attention module.
+
+    One call of the memory computes the reads and the new state, and while decoding the corrections too. The projections
+    then add their corrections. In a longer call each correction is computed where it is added, fused with the addition.
+    """
+
+    def __init__(self, attention: Any, context: StackContext, x: Tensor, kwargs: dict[str, Any]) -> None:
+        self.attention = attention
+        self.tokens = x.shape[1]
+        self.call = call = context.call or active_call(attention.memory_attachment)
+        self.write = write = call is None or call.write
+        cache = given_cache(kwargs)
+        self.layer: LayerMemory | None = None if cache is None else layer_memory(cache, attention.layer_idx)
+        self.before = state = self._state(x)
+        mask = self._mask(context, x.shape[0], cache, kwargs.get("attention_mask"))
+        memory = attention._modules["delta_memory"]  # an attribute of a module takes half a microsecond longer
+        segments = _segments(memory.config, call, x, decoding=self.tokens == 1 and cache is not None) if write else {}
+        starts = None if context.starts is None else _starts(context.starts, x, bool(segments))
+        self.memory: Any = memory
+        self.corrected: set[str] = set()
+        self.corrections: dict[str, Tensor] | None = None
+        if self.tokens == 1 or memory.is_wrapped:
+            output = memory(x, state, mask=mask, write=write, starts=starts, **segments)
+            self.reads, self.after, self.writes, self.corrections = output
+        else:
+            self.reads, self.after, self.writes = memory.read(
+                x, state, mask=mask, write=write, starts=starts, **segments
+            )
+
+    def correct(self, head: str, output: Tensor, *, in_place: bool) -> Tensor:
+        """Return the corrected output of a projection."""
+        self.corrected.add(head)
+        if self.corrections is None:
+            return self.memory.correct(output, self.reads, head, out=output if in_place else None)
+        correction = self.corrections[head]
+        if output.shape != correction.shape:
+            raise ValueError(
+                f"{head}_proj must return {list(correction.shape)} in a layer with a memory, got {list(output.shape)}"
+            )
+        return output.add_(correction) if in_place else (output + correction).to(output.dtype)
+
+    def finish(self) -> None:
+        """Keep the state after the attention has run.
+
+        Raises:
+            RuntimeError: a projection that the memory corrects was not called.
+        """
+        attention, layer, call = self.attention, self.layer, self.call
+        for head, _ in attention.corrected_projections:
+            if head not in self.corrected:
+                raise RuntimeError(
+                    f"{head}_proj of layer {attention.layer_idx} was not called, so the memory could not correct it: "
+                    f"leave {head!r} out of delta_heads, or this layer out of target_layers"
+                )
+        if layer is not None:
+            layer.advance(self.after, Step(self.tokens, self.before, self.writes, self.write))
+        if call is not None:
+            call.record_state(attention.layer_idx, self.after, layer)
+
+    def _state(self, x: Tensor) -> Tensor | None:
+        """Return the state before the call. None means zeros."""
+        state = None if self.layer is None else self.layer.state
+        if state is None and self.call is not None and self.call.initial:
+            state = self.call.initial[self.attention.layer_idx]
+        if state is None:
+            return None
+        if state.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the memory has states of {state.shape[0]} sequences, but the model is called with a batch of "
+                f"{x.shape[0]}: for beams or several answers per prompt, repeat the states with repeat_interleave"
+            )
+        return state if state.device == x.device else state.to(x.device)
+
+    def _mask(self, context: StackContext, batch: int, cache: Any, attention_mask: Any) -> Tensor | None:
+        if attention_mask is None:
+            return None
+        past: int | Tensor = 0
+        if cache is not None:
+            past = cache.get_seq_length(self.attention.layer_idx)
+        elif isinstance(attention_mask, Tensor):
+            past = attention_mask.shape[-1] - self.tokens
+        return context.token_mask(attention_mask, batch, self.tokens, past)
+
+
+def _starts(starts: Tensor, x: Tensor, has_segments: bool) -> Tensor | None:
+    """Return where packed sequences begin, for each row of x."""
+    starts = starts.to(x.device).expand(x.shape[0], x.shape[1])  # position_ids may have one row for the whole batch
+    if has_segments and starts.device.type != "cpu":  # check without synchronising
+        torch._assert_async(~starts[:, 1:].any(), "message_ids and sentence_ids do not support packed sequences")
+        return None
+    return starts
+
+
+def _segments(config: DeltaMemConfig, call: MemoryCall | None, x: Tensor, *, decoding: bool) -> dict[str, Any]:
+    """Return the segment arguments of `DeltaMemory.read`; empty if every token writes."""
+    if config.memory_write_granularity == "token":
+        return {}
+    ids = None if call is None else call.segment_ids
+    if ids is None:
+        _warn_of_tokens(config.memory_write_granularity)
+        return {}
+    if ids.shape != x.shape[:2]:
+        if decoding:  # the ids belong to the prompt
+            return {}
+        raise ValueError(
+            f"message_ids and sentence_ids must have the shape of the tokens, {list(x.shape[:2])}, "
+            f"got {list(ids.shape)}"
+        )
+    return {"segment_ids": ids.to(x.device), "num_segments": call.num_segments}  # type: ignore[union-attr]
+
+
+@functools.cache
+def _warn_of_tokens(granularity: str) -> None:
+    warnings.warn(
+        f"deltamem_kernels: memory_write_granularity is {granularity!r}, but no ids were given with MemoryCall: every "
+        "token writes",
+        stacklevel=2,
+    )
