@@ -10,12 +10,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 from deltamem_kernels.integrations.transformers import attach_memory, get_memory, memory_layers
@@ -29,6 +33,10 @@ ARCHITECTURES = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layers": [1, 0]}),
 }
+DROPPING = {  # their layers take keywords, and do not pass them on to attention
+    "stablelm": (StableLmConfig, StableLmForCausalLM, {}),
+    "nemotron": (NemotronConfig, NemotronForCausalLM, {}),
+}
 MEMORIES = [
     {"delta_heads": ("q", "o")},
     {},
@@ -41,7 +49,7 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
 def backbone(kind: str = "llama", attention: str = "sdpa", **more):
-    config, model, special = ARCHITECTURES[kind]
+    config, model, special = (ARCHITECTURES | DROPPING)[kind]
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     fields = {**sizes, **tokens, "intermediate_size": 96, "max_position_embeddings": 512, **special, **more}

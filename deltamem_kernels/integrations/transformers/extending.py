@@ -16,7 +16,7 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 
 
-class Extension:
+class Extension(nn.Module):
     """Base of the mixins."""
 
     original_class: type
@@ -24,7 +24,8 @@ class Extension:
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Pickle and copy the module as one of its original class, which pickle can find by name."""
-        build, args, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        build, args, *rest = reduced
         cls: Any = type(self)
         build, *args = (cls.original_class if x is cls else x for x in (build, *args))
         return _rebuild, (cls.mixins, build, tuple(args)), *rest
@@ -42,7 +43,8 @@ def extend(module: nn.Module, *mixins: type[Extension]) -> None:
             f"the model does not fit: another library replaced the forward of a {type(module).__name__}. Attach the "
             "memory first"
         )
-    _set_class(module, extended_class(mixins, type(module)))
+    original: Any = type(module)
+    _set_class(module, extended_class(mixins, original))
 
 
 def restore(module: nn.Module) -> None:
@@ -58,7 +60,7 @@ def restore(module: nn.Module) -> None:
 
 
 @functools.cache
-def extended_class(mixins: tuple[type[Extension], ...], original: type) -> type:
+def extended_class(mixins: tuple[type[Extension], ...], original: Any) -> type:
     """Return the subclass of a module's class with the mixins. It has the same name, which accelerate looks for."""
     names: dict[str, Any] = {"original_class": original, "mixins": mixins, "__module__": original.__module__}
     names |= {"__qualname__": original.__qualname__, "__doc__": original.__doc__}
@@ -71,7 +73,7 @@ def extended_class(mixins: tuple[type[Extension], ...], original: type) -> type:
 
 
 def _own_forward(mixins: tuple[type[Extension], ...]) -> Any:
-    return next((mixin.forward for mixin in mixins if hasattr(mixin, "forward")), None)
+    return next((mixin.forward for mixin in mixins if mixin.forward is not Extension.forward), None)
 
 
 def _set_class(module: nn.Module, cls: Any) -> None:
@@ -82,5 +84,5 @@ def _set_class(module: nn.Module, cls: Any) -> None:
 
 def _rebuild(mixins: tuple[type[Extension], ...], build: Any, args: tuple) -> nn.Module:
     module = build(*args)
-    object.__setattr__(module, "__class__", extended_class(mixins, type(module)))
+    extend(module, *mixins)
     return module

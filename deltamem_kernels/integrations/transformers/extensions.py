@@ -50,14 +50,14 @@ class Stack(Extension):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         attachment = self.memory_attachment
-        starts = sequence_starts(self, args, kwargs)  # type: ignore[arg-type]
+        starts = sequence_starts(self, args, kwargs)
         context = attachment.context_of_stack(active_call(attachment), starts, (*args, *kwargs.values()))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for name in self.memory_lists:  # layers may have been wrapped since
-                carry_context(self.get_submodule(name))  # type: ignore[attr-defined]
+                carry_context(self.get_submodule(name))
         outer, running.context = running.context, context
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         finally:
             running.context = outer
 
@@ -68,7 +68,7 @@ class Carrier(Extension):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and running.context is not None and KEYWORD not in kwargs:
             kwargs[KEYWORD] = running.context
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)
 
 
 class Layer(Carrier):
@@ -77,10 +77,10 @@ class Layer(Carrier):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         context = kwargs.pop(KEYWORD, None)
         if context is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         outer, running.context = running.context, context
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         finally:
             running.context = outer
 
@@ -94,7 +94,7 @@ class Attention(Extension):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for head, projection in self.corrected_projections:
-            if self._modules[f"{head}_proj"] is not projection:  # type: ignore[attr-defined]
+            if self._modules[f"{head}_proj"] is not projection:
                 extend_projections(self)
                 break
         context = running.context or self.memory_attachment.context_of_attention()
@@ -102,7 +102,7 @@ class Attention(Extension):
         call = LayerCall(self, context, x, kwargs)
         outer, running.layer_call = running.layer_call, call
         try:
-            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+            output = super().forward(*args, **kwargs)
         finally:
             running.layer_call = outer
         call.finish()
@@ -115,7 +115,7 @@ class Projection(Extension):
     memory_head: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        output = super().forward(*args, **kwargs)
         call, head = running.layer_call, self.memory_head
         if call is None or call.attention._modules[f"{head}_proj"] is not self:
             return output
