@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from ..backends.reference.scan import gates as gates_of
 from ..operands import SegmentOperands
-from ..operands.checks import FLOATS, check_bool, check_device, check_float, check_mask, check_shape, fail
+from ..operands.checks import check_bool, check_device, check_float, check_mask, check_shape, fail
 from ..ops.attention_correction import attention_correction
 from ..ops.delta_update import delta_update
 from ..ops.memory_decode import memory_decode
 from ..ops.memory_projection import MemoryProjection, memory_projection
 from ..ops.segment_mean import segment_mean
-from .config import HEADS, DeltaMemConfig
+from .config import HEADS
+from .weights import MemoryWeights
 from .writes import Writes, beginnings
-
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 class MemoryRead(NamedTuple):
@@ -34,6 +31,17 @@ class MemoryRead(NamedTuple):
     """What each token wrote; None if tokens wrote nothing, or messages wrote their means."""
 
 
+class Gates(NamedTuple):
+    """The gates of the tokens of a call, or of its messages or sentences where these write."""
+
+    beta: Tensor
+    """`[B, T, H, R]` or `[B, T, H]`: β. Differentiable."""
+    keep: Tensor
+    """Likewise: how much of the state is kept."""
+    written: Tensor | None
+    """`[B, T]` bool, False where nothing was written; None if every token was written."""
+
+
 class MemoryOutput(NamedTuple):
     """What a call of `DeltaMemory` returns: a `MemoryRead`, and the corrections."""
 
@@ -42,18 +50,11 @@ class MemoryOutput(NamedTuple):
     writes: Writes | None
     corrections: dict[str, Tensor]
     """For each corrected head, `[B, T, out]`, float32 (float64 where x is), to be added to the projection's output."""
+    gates: Gates | None
+    """The gates of what was written, if they were asked for and something was written."""
 
 
-class Correction(NamedTuple):
-    """What `attention_correction` needs besides base and reads."""
-
-    weight: Tensor
-    scale: float | Tensor
-    norm_weight: Tensor | None
-    norm_eps: float
-
-
-class DeltaMemory(nn.Module):
+class DeltaMemory(MemoryWeights):
     """The memory of one attention layer (δ-mem, arXiv 2605.12357). It holds weights and no state.
 
     The weights have the names of the authors' code (H heads, rank R, G = H·R gates, or H without rankwise_gates):
@@ -79,92 +80,6 @@ class DeltaMemory(nn.Module):
         `double()` and `float()`, and moves to a device apply to every memory.
     """
 
-    def __init__(
-        self,
-        config: DeltaMemConfig,
-        hidden_size: int,
-        out_features: dict[str, int],
-        base_weights: dict[str, Any] | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        if not isinstance(config, DeltaMemConfig):
-            fail(TypeError, "config", "a DeltaMemConfig", config)
-        if not isinstance(out_features, Mapping):
-            fail(TypeError, "out_features", f"a dict of {', '.join(HEADS)}", out_features)
-        if set(out_features) != set(HEADS):
-            got = ", ".join(map(str, out_features)) or "nothing"
-            raise ValueError(f"out_features must name {', '.join(HEADS)}, got {got}")
-        sizes = {"hidden_size": hidden_size} | {f"out_features[{head!r}]": out_features[head] for head in HEADS}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                fail(ValueError if type(size) is int else TypeError, name, "an int, at least 1", size)
-        if dtype not in FLOATS:
-            fail(TypeError, "dtype", "float16, bfloat16, float32 or float64", dtype)
-        self.config = config
-        self.hidden_size = hidden_size
-        width = config.num_state_heads * config.rank
-        gates = width if config.rankwise_gates else config.num_state_heads
-
-        def parameter(*shape: int, trained: bool = True) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=trained)
-
-        for name in ("q", "k", "v"):
-            self.register_parameter(f"memory_{name}_proj", parameter(width, hidden_size))
-        for head in HEADS:
-            weight = parameter(out_features[head], width, trained=head in config.delta_heads)
-            self.register_parameter(f"delta_{head}_proj", weight)
-        self.beta_proj, self.beta_bias = parameter(gates, hidden_size), parameter(gates)
-        coupled = config.couple_lambda
-        self.lambda_proj = None if coupled else parameter(gates, hidden_size)
-        self.lambda_bias = None if coupled else parameter(gates)
-        scales = len(HEADS) if config.delta_scale_granularity == "head" else 1
-        self.delta_scale_raw = parameter(scales) if config.trainable_delta_scale else None
-        self.delta_o_rmsnorm_weight = None
-        if config.delta_o_rmsnorm:
-            self.delta_o_rmsnorm_weight = parameter(out_features["o"], trained="o" in config.delta_heads)
-        self.reset_parameters(base_weights)
-
-    @torch.no_grad()
-    def reset_parameters(self, base_weights: dict[str, Any] | None = None) -> None:
-        """Initialise the weights. The memory is read and written; with output_init "zero" it changes no output."""
-        config = self.config
-        for name in ("q", "k", "v"):
-            nn.init.kaiming_uniform_(getattr(self, f"memory_{name}_proj"), a=math.sqrt(5))
-        for head in HEADS:
-            weight = getattr(self, f"delta_{head}_proj")
-            weight.zero_()
-            if head not in config.delta_heads or config.output_init == "zero":
-                continue
-            if config.output_init == "random":
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5)).mul_(config.online_gain)
-                continue
-            base = (base_weights or {}).get(head)
-            if (
-                not isinstance(base, Tensor)
-                or not base.is_floating_point()
-                or base.ndim != 2
-                or base.shape[0] != weight.shape[0]
-            ):
-                wanted = f"the floating weight [{weight.shape[0]}, in] of {head}_proj, for output_init"
-                fail(ValueError, f"base_weights[{head!r}]", f"{wanted} {config.output_init!r}", base)
-            columns = min(config.rank, base.shape[1])
-            if config.output_init == "base_slice_fixed":
-                columns = min(columns, config.base_slice_ref_width)
-            weight[:, :columns] = F.normalize(base[:, :columns].to(weight), dim=0, eps=1e-6) * config.online_gain
-        self.beta_proj.zero_()
-        self.beta_bias.fill_(config.beta_bias_init)
-        if self.lambda_proj is not None and self.lambda_bias is not None:
-            self.lambda_proj.zero_()
-            self.lambda_bias.fill_(-config.beta_bias_init)
-        if self.delta_scale_raw is not None:
-            share = min(max(config.delta_scale_init / config.delta_scale_max, 1e-4), 1 - 1e-4)
-            self.delta_scale_raw.fill_(math.log(share / (1 - share)))
-        if self.delta_o_rmsnorm_weight is not None:
-            self.delta_o_rmsnorm_weight.fill_(1)
-
     def forward(
         self,
         x: Tensor,
@@ -175,29 +90,32 @@ class DeltaMemory(nn.Module):
         segment_ids: Tensor | None = None,
         num_segments: int | None = None,
         starts: Tensor | None = None,
+        return_gates: bool = False,
     ) -> MemoryOutput:
         """Read and write the memory as `read` does, and compute the correction of each corrected head.
 
-        A call of the module gives all that a layer needs at once. Hooks, parametrizations, FSDP and offloading apply to
-        it. `read` and `correct` give the same without them; `correct` fuses a correction with its addition.
+        Hooks, parametrizations, FSDP and offloading apply to a call of the module. `read` and `correct` give the same
+        without them; `correct` fuses a correction with its addition.
 
-        Args: as for `read`.
+        Args:
+            x, state, mask, write, segment_ids, num_segments, starts: as for `read`.
+            return_gates: whether to return the gates.
 
         Returns:
-            MemoryOutput: reads, the new state, what was written, and the corrections.
+            MemoryOutput: reads, the new state, what was written, the corrections, and the gates.
 
         Raises:
             TypeError, ValueError: an argument does not fit; nothing has run.
         """
-        reads, after, writes = self.read(
-            x, state, mask=mask, write=write, segment_ids=segment_ids, num_segments=num_segments, starts=starts
+        reads, after, writes, gates = self._read(
+            x, state, mask, write, segment_ids, num_segments, starts, return_gates=return_gates
         )
         zero = reads.new_zeros(())
         corrections = {}
         for head in self.config.delta_heads:
-            base = zero.expand(*x.shape[:-1], self._weight(f"delta_{head}_proj").shape[0])
+            base = zero.expand(*x.shape[:-1], self.weight(f"delta_{head}_proj").shape[0])
             corrections[head] = self.correct(base, reads, head)
-        return MemoryOutput(reads, after, writes, corrections)
+        return MemoryOutput(reads, after, writes, corrections, gates)
 
     @property
     def is_wrapped(self) -> bool:
@@ -239,6 +157,20 @@ class DeltaMemory(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; nothing has run.
         """
+        return MemoryRead(*self._read(x, state, mask, write, segment_ids, num_segments, starts)[:3])
+
+    def _read(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        mask: Tensor | None,
+        write: bool,
+        segment_ids: Tensor | None,
+        num_segments: int | None,
+        starts: Tensor | None,
+        *,
+        return_gates: bool = False,
+    ) -> tuple[Tensor, Tensor, Writes | None, Gates | None]:
         self._check(x, state, mask, write, segment_ids, num_segments, starts)
         config = self.config
         state = self.zeros(x) if state is None else state
@@ -246,17 +178,22 @@ class DeltaMemory(nn.Module):
         mode = config.state_update_mode
         if write and segment_ids is None:
             writes = Writes(k, v, beta, decay, mask, mode, starts)
-            return MemoryRead(*writes.scan(q, state), writes)
+            return *writes.scan(q, state), writes, self._gates(beta, decay, mask) if return_gates else None
         if mask is not None:
             q = q.masked_fill(~mask[:, :, None, None], 0)
         if starts is not None:  # sequences after a row's first read zeros
             q = q.masked_fill(beginnings(starts, mask).cumsum(1)[:, :, None, None] > 0, 0)
         with torch.autocast(q.device.type, enabled=False):  # it would round the state
             reads = torch.einsum("bhij,bthj->bthi", state, q)
-        if write and segment_ids is not None and num_segments is not None:
-            means, written = segment_mean(x, segment_ids, num_segments, mask)
-            state = delta_update(*self._project(means), mode=mode, initial_state=state, mask=written).final_state
-        return MemoryRead(reads, state, None)
+        if not write or segment_ids is None or num_segments is None:
+            return reads, state, None, None
+        means, written = segment_mean(x, segment_ids, num_segments, mask)
+        mean = self._project(means)
+        state = delta_update(*mean, mode=mode, initial_state=state, mask=written).final_state
+        return reads, state, None, self._gates(mean.beta, mean.decay, written) if return_gates else None
+
+    def _gates(self, beta: Tensor, decay: Tensor | None, written: Tensor | None) -> Gates:
+        return Gates(beta, gates_of(self.config.state_update_mode, beta, decay, None)[0], written)
 
     def zeros(self, x: Tensor) -> Tensor:
         """Return the state that x starts from: zeros `[B, H, R, R]`, float32, or float64 where x is."""
@@ -283,7 +220,7 @@ class DeltaMemory(nn.Module):
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
         if head not in self.config.delta_heads:
             return base if out is None or out is base else out.copy_(base)
-        weight, scale, norm_weight, norm_eps = self._correction(head)
+        weight, scale, norm_weight, norm_eps = self.correction_of(head)
         return attention_correction(base, reads, weight, scale, norm_weight=norm_weight, norm_eps=norm_eps, out=out)
 
     def step(
@@ -316,45 +253,20 @@ class DeltaMemory(nn.Module):
         config = self.config
         if head is None or head not in config.delta_heads:
             return memory_decode(
-                state, x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk,
+                state, x, *self.projection_weights(), heads=config.num_state_heads, normalize=config.normalize_qk,
                 mode=config.state_update_mode, state_indices=slots,
             ).reads  # fmt: skip
-        weight, scale, norm_weight, norm_eps = self._correction(head)
+        weight, scale, norm_weight, norm_eps = self.correction_of(head)
         return memory_decode(
-            state, x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk,
+            state, x, *self.projection_weights(), heads=config.num_state_heads, normalize=config.normalize_qk,
             mode=config.state_update_mode, state_indices=slots, base=base, delta_weight=weight, scale=scale,
             norm_weight=norm_weight, norm_eps=norm_eps, out=base,
         ).reads  # fmt: skip
 
-    def _correction(self, head: str) -> Correction:
-        """The weight, scale and norm of a head's correction."""
-        config = self.config
-        scale: float | Tensor = config.alpha / config.rank
-        if config.trainable_delta_scale:
-            raw = self._weight("delta_scale_raw")
-            raw = raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
-            scale = scale * (torch.sigmoid(raw) * config.delta_scale_max)
-        norm_weight = self._weight("delta_o_rmsnorm_weight") if config.delta_o_rmsnorm and head == "o" else None
-        return Correction(self._weight(f"delta_{head}_proj"), scale, norm_weight, config.delta_o_rmsnorm_eps)
-
     def _project(self, x: Tensor) -> MemoryProjection:
         config = self.config
-        return memory_projection(x, *self._weights(), heads=config.num_state_heads, normalize=config.normalize_qk)
-
-    def _weights(self) -> tuple[Any, ...]:
-        """The weights in the order of `memory_projection`'s arguments."""
-        weight, config = self._weight, self.config
-        qkv = weight("memory_q_proj"), weight("memory_k_proj"), weight("memory_v_proj")
-        beta, beta_bias = weight("beta_proj"), weight("beta_bias")
-        if config.couple_lambda or config.state_update_mode == "no_lambda":  # where λ = 1 with weights or without
-            return qkv, beta, beta_bias, None, None
-        return qkv, beta, beta_bias, weight("lambda_proj"), weight("lambda_bias")
-
-    def _weight(self, name: str) -> Tensor:
-        """A parameter by name. Looking into `_parameters` first takes a fifth of the time of a module's attribute; a
-        parameter that is sharded or parametrised is not there."""
-        parameter = self._parameters.get(name)
-        return getattr(self, name) if parameter is None else parameter
+        weights = self.projection_weights()
+        return memory_projection(x, *weights, heads=config.num_state_heads, normalize=config.normalize_qk)
 
     def _check(self, x, state, mask, write, segment_ids, num_segments, starts) -> None:
         """Raise TypeError or ValueError if an argument of `read` does not fit."""
@@ -382,16 +294,6 @@ class DeltaMemory(nn.Module):
             check_shape("starts", starts, ((x.shape[0], x.shape[1]),), "[B, T]")
             if segment_ids is not None:
                 fail(ValueError, "starts", "None where messages or sentences write, which belong to a row", starts)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeltaMemory:
-        """Apply a cast or a move of a model to the weights and their gradients, but no cast to 16 bits."""
-
-        def keep_precision(x: Tensor) -> Tensor:
-            changed = fn(x)
-            is_rounded = changed.dtype in SIXTEEN_BITS and x.dtype not in SIXTEEN_BITS
-            return x.to(changed.device) if is_rounded else changed
-
-        return super()._apply(keep_precision, recurse)
 
     def extra_repr(self) -> str:
         config = self.config

@@ -5,8 +5,10 @@ from .attach import attach_memory, detach_memory, memory_layers
 from .cache import get_memory, set_memory
 from .call import MemoryCall
 from .states import load_memory, save_memory
+from .statistics import LayerStatistics
 
 __all__ = [
+    "LayerStatistics",
     "MemoryCall",
     "attach_memory",
     "detach_memory",

@@ -15,6 +15,7 @@ from .context import Attachment
 from .layers import memory_layers
 from .open_calls import enter, innermost, leave
 from .states import check_states
+from .statistics import LayerStatistics
 
 _numbers = itertools.count(1)
 
@@ -38,10 +39,13 @@ class MemoryCall:
             means of messages or sentences. After the prompt, while tokens are generated one by one, every token writes.
         sentence_ids: `[B, T]`, the sentence of each token, counted through the whole call. Tokens without a message are
             in no sentence.
+        statistics: if True, collect statistics of each layer.
 
     Attributes:
         states: layer index to the states after the latest call. They include later changes by the call's cache (drafts
             cropped, beams reordered). They carry gradients, except with reentrant checkpointing of the layers.
+        statistics: layer index to `LayerStatistics` of the latest call: means of β and of what is kept, norms of the
+            states, sizes of the corrections. Empty unless statistics were asked for.
 
     Raises:
         TypeError, ValueError: an argument does not fit the model or has the wrong type or shape.
@@ -55,6 +59,7 @@ class MemoryCall:
         write: bool = True,
         message_ids: Tensor | None = None,
         sentence_ids: Tensor | None = None,
+        statistics: bool = False,
     ) -> None:
         layers = [attention for _, attention in memory_layers(model)]
         if not layers:
@@ -64,11 +69,14 @@ class MemoryCall:
         self.granularity = layers[0].delta_memory.config.memory_write_granularity
         if states is not None:
             check_states(model, states)
-        if not isinstance(write, bool):
-            fail(TypeError, "write", "True or False", write)
+        for name, value in (("write", write), ("statistics", statistics)):
+            if not isinstance(value, bool):
+                fail(TypeError, name, "True or False", value)
         self.initial = states or {}
         self._latest: dict[int, Tensor | LayerMemory] = {}
         self.write = write
+        self.measures = statistics
+        self.statistics: dict[int, LayerStatistics] = {}
         self.segment_ids = self._combine_ids(message_ids, sentence_ids)
         self.num_segments = None
         if self.segment_ids is not None:
@@ -85,6 +93,11 @@ class MemoryCall:
         """Record the state after a layer's call, or `layer`, its memory in a cache, to follow later changes."""
         if self.is_open:
             self._latest[index] = state if layer is None else layer
+
+    def record_statistics(self, index: int, statistics: LayerStatistics) -> None:
+        """Record the statistics of a layer's call."""
+        if self.is_open:
+            self.statistics[index] = statistics
 
     def _combine_ids(self, message_ids: Tensor | None, sentence_ids: Tensor | None) -> Tensor | None:
         """Check the ids and return those of the segments that are written."""

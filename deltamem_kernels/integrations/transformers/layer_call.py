@@ -14,6 +14,7 @@ from .cache import LayerMemory, Step, layer_memory
 from .cache_keyword import given_cache
 from .call import MemoryCall, active_call
 from .context import StackContext
+from .statistics import Measurement
 
 
 class LayerCall:
@@ -31,16 +32,18 @@ class LayerCall:
         cache = given_cache(kwargs)
         self.layer: LayerMemory | None = None if cache is None else layer_memory(cache, attention.layer_idx)
         self.before = state = self._state(x)
-        mask = self._mask(context, x.shape[0], cache, kwargs.get("attention_mask"))
+        self.mask = mask = self._mask(context, x.shape[0], cache, kwargs.get("attention_mask"))
         memory = attention._modules["delta_memory"]  # an attribute of a module takes half a microsecond longer
         segments = _segments(memory.config, call, x, decoding=self.tokens == 1 and cache is not None) if write else {}
         starts = None if context.starts is None else _starts(context.starts, x, bool(segments))
         self.memory: Any = memory
         self.corrected: set[str] = set()
         self.corrections: dict[str, Tensor] | None = None
-        if self.tokens == 1 or memory.is_wrapped:
-            output = memory(x, state, mask=mask, write=write, starts=starts, **segments)
-            self.reads, self.after, self.writes, self.corrections = output
+        self.measured = None if call is None or not call.measures else Measurement(mask)
+        if self.tokens == 1 or self.measured is not None or memory.is_wrapped:
+            gates = {} if self.measured is None else {"return_gates": True}
+            output = memory(x, state, mask=mask, write=write, starts=starts, **segments, **gates)
+            self.reads, self.after, self.writes, self.corrections, self.gates = output
         else:
             self.reads, self.after, self.writes = memory.read(
                 x, state, mask=mask, write=write, starts=starts, **segments
@@ -56,6 +59,8 @@ class LayerCall:
             raise ValueError(
                 f"{head}_proj must return {list(correction.shape)} in a layer with a memory, got {list(output.shape)}"
             )
+        if self.measured is not None:
+            self.measured.ratios[head] = self.measured.ratio(correction, output)
         return output.add_(correction) if in_place else (output + correction).to(output.dtype)
 
     def finish(self) -> None:
@@ -75,6 +80,8 @@ class LayerCall:
             layer.advance(self.after, Step(self.tokens, self.before, self.writes, self.write))
         if call is not None:
             call.record_state(attention.layer_idx, self.after, layer)
+            if self.measured is not None:
+                call.record_statistics(attention.layer_idx, self.measured.statistics(self.gates, self.after))
 
     def _state(self, x: Tensor) -> Tensor | None:
         """Return the state before the call. None means zeros."""
