@@ -165,6 +165,16 @@ py::object eager_decode(py::handle operands, py::handle backend) {
   return py::make_tuple(reads, corrected);
 }
 
+py::object eager_layer_step(py::handle operands, py::handle backend) {
+  LayerStepOperands o;
+  const Answer answer = examine<false>(operands, backend, o, {});
+  if (answer != Answer::run) return declined(answer);
+  LayerStepResult result = layer_step(o);
+  py::tuple corrections(result.corrections.size());
+  for (size_t i = 0; i < result.corrections.size(); ++i) corrections[i] = std::move(result.corrections[i]);
+  return py::make_tuple(std::move(result.reads), std::move(result.state), std::move(corrections));
+}
+
 }  // namespace
 
 void bind_eager(py::module_& m) {
@@ -174,6 +184,7 @@ void bind_eager(py::module_& m) {
   m.def("eager_project", &eager_project);
   m.def("eager_prefill", &eager_prefill);
   m.def("eager_decode", &eager_decode);
+  m.def("eager_layer_step", &eager_layer_step);
 }
 
 }  // namespace deltamem

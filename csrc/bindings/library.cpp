@@ -6,6 +6,7 @@
 #include "projection.cpp"
 #include "segment_mean.cpp"
 #include "decode.cpp"
+#include "layer_step.cpp"
 #include "eager.cpp"
 
 namespace deltamem {
@@ -58,6 +59,7 @@ py::dict record_fields() {
   fields["ProjectionOperands"] = field_names<ProjectionOperands>();
   fields["PrefillOperands"] = field_names<PrefillOperands>();
   fields["DecodeOperands"] = field_names<DecodeOperands>();
+  fields["LayerStepOperands"] = field_names<LayerStepOperands>();
   fields["SegmentOperands"] = field_names<SegmentOperands>();
   return fields;
 }

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -137,6 +138,41 @@ struct DecodeOperands {
   }
 };
 
+// As many tensors as a layer corrects projections.
+struct TensorList {
+  TensorPtr items[4] = {};
+  int count = 0;
+};
+
+struct LayerStepOperands {
+  TensorPtr x, state;
+  QkvWeight qkv_weight;
+  TensorPtr beta_weight, beta_bias, decay_weight, decay_bias, mask;
+  TensorList delta_weights, gains;
+  TensorPtr norm_weight;
+  int64_t heads;
+  bool normalize;
+  Mode mode;
+  double scale, norm_eps;
+  template <class F>
+  void fields(F&& f) {
+    f.tensor("x", x), f.optional("state", state), f.qkv("qkv_weight", qkv_weight);
+    f.tensor("beta_weight", beta_weight), f.optional("beta_bias", beta_bias), f.optional("decay_weight", decay_weight);
+    f.optional("decay_bias", decay_bias), f.optional("mask", mask), f.tensors("delta_weights", delta_weights);
+    f.tensors("gains", gains), f.optional("norm_weight", norm_weight), f.integer("heads", heads);
+    f.boolean("normalize", normalize), f.mode("mode", mode), f.number("scale", scale), f.number("norm_eps", norm_eps);
+  }
+  ProjectionOperands projection() const {
+    return {x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize};
+  }
+  // The correction number i of `base`, which is zero and gets the result.
+  CorrectionOperands correction(int i, TensorPtr base, TensorPtr reads) const {
+    const bool last = i == delta_weights.count - 1;
+    return {base, reads, delta_weights.items[i], gains.items[i], last ? norm_weight : nullptr, nullptr, nullptr, scale,
+            norm_eps, 0};
+  }
+};
+
 struct SegmentOperands {
   TensorPtr x, segment_ids;
   int64_t num_segments;
@@ -171,6 +207,14 @@ class RecordReader {
     x.count = int(PySequence_Fast_GET_SIZE(item));
     if (x.count != 1 && x.count != 3) return fail();
     for (int i = 0; i < x.count; ++i) read_tensor(PySequence_Fast_GET_ITEM(item, i), x.parts[i]);
+  }
+  void tensors(const char*, TensorList& x) {
+    PyObject* const item = take();
+    if (!item || !(PyTuple_Check(item) || PyList_Check(item))) return fail();
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(item);
+    if (count > Py_ssize_t(std::size(x.items))) return fail();
+    x.count = int(count);
+    for (int i = 0; i < x.count; ++i) read_tensor(PySequence_Fast_GET_ITEM(item, i), x.items[i]);
   }
   void mode(const char*, Mode& x) {
     PyObject* const item = take();
@@ -242,6 +286,7 @@ struct FieldNames {
   template <class X> void tensor(const char* name, X& x) { add(name, x); }
   template <class X> void optional(const char* name, X& x) { add(name, x); }
   template <class X> void qkv(const char* name, X& x) { add(name, x); }
+  template <class X> void tensors(const char* name, X& x) { add(name, x); }
   template <class X> void mode(const char* name, X& x) { add(name, x); }
   template <class X> void integer(const char* name, X& x) { add(name, x); }
   template <class X> void boolean(const char* name, X& x) { add(name, x); }

@@ -43,8 +43,11 @@ std::vector<int64_t> checked_slots(const StepOperands& s, int64_t N, int64_t T) 
 void run_step(const ScanArgs& p, const StepOperands& s, const Operand& reads) {
   const std::vector<int64_t> slots = checked_slots(s, p.N, p.T);
   const int64_t row = s.intermediate_states ? s.intermediate_states->stride(0) : 0;
-  const StepArgs step{operand(s.state), intermediate_row(s.intermediate_states), reads, slots.data(),
-                      slots.data() + p.N, row};
+  run_step(p, StepArgs{operand(s.state), intermediate_row(s.intermediate_states), reads, slots.data(),
+                       slots.data() + p.N, row});
+}
+
+void run_step(const ScanArgs& p, const StepArgs& step) {
   py::gil_scoped_release release;
   if (p.N == 0 || p.T == 0 || p.H == 0) return;
   at::parallel_for(0, p.N, std::max<int64_t>(1, 200000 / (p.T * p.H * p.R * (p.R + 8))),

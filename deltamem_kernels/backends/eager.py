@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-FUNCTIONS = ("scan", "step", "correct", "project", "prefill", "decode")
+FUNCTIONS = ("scan", "step", "correct", "project", "prefill", "decode", "layer_step")
 
 
 def _decline(*arguments: object) -> None:
@@ -30,6 +30,7 @@ class EagerCalls:
     project: Callable[..., Any]
     prefill: Callable[..., Any]
     decode: Callable[..., Any]
+    layer_step: Callable[..., Any]
 
     def __init__(self) -> None:
         self._library: ModuleType | None = None

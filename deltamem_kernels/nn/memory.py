@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..backends.reference.scan import gates as gates_of
-from ..operands import SegmentOperands
+from ..operands import LayerStepOperands, SegmentOperands
 from ..operands.checks import check_bool, check_device, check_float, check_mask, check_shape, fail
 from ..ops.attention_correction import attention_correction
 from ..ops.delta_update import delta_update
+from ..ops.layer_step import layer_step
 from ..ops.memory_decode import memory_decode
 from ..ops.memory_projection import MemoryProjection, memory_projection
 from ..ops.segment_mean import segment_mean
@@ -102,11 +103,14 @@ class DeltaMemory(MemoryWeights):
             return_gates: whether to return the gates.
 
         Returns:
-            MemoryOutput: reads, the new state, what was written, the corrections, and the gates.
+            MemoryOutput: reads, the new state, what was written, the corrections, and the gates. One token without
+            gradients takes one native call on a CPU, and then `writes` is None.
 
         Raises:
             TypeError, ValueError: an argument does not fit; nothing has run.
         """
+        if not return_gates and segment_ids is None and starts is None and self._decodes(x):
+            return self._decode(x, state, mask, write)
         reads, after, writes, gates = self._read(
             x, state, mask, write, segment_ids, num_segments, starts, return_gates=return_gates
         )
@@ -116,6 +120,28 @@ class DeltaMemory(MemoryWeights):
             base = zero.expand(*x.shape[:-1], self.weight(f"delta_{head}_proj").shape[0])
             corrections[head] = self.correct(base, reads, head)
         return MemoryOutput(reads, after, writes, corrections, gates)
+
+    @staticmethod
+    def _decodes(x: Tensor) -> bool:
+        """Whether a call has one token and records no gradient."""
+        return x.ndim == 3 and x.shape[1] == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def _decode(self, x: Tensor, state: Tensor | None, mask: Tensor | None, write: bool) -> MemoryOutput:
+        """Read, write and correct for one token in one call."""
+        config = self.config
+        heads = [head for head in HEADS if head in config.delta_heads]  # o's correction, which may have a norm, is last
+        given = [self.correction_of(head) for head in heads]
+        gains = [correction.scale for correction in given if isinstance(correction.scale, Tensor)]
+        operands = LayerStepOperands(
+            x, state, *self.projection_weights(), mask,
+            [correction.weight for correction in given], gains, given[-1].norm_weight if given else None,
+            config.num_state_heads, config.normalize_qk, config.state_update_mode,
+            1.0 if gains else config.alpha / config.rank, config.delta_o_rmsnorm_eps,
+        )  # fmt: skip
+        reads, after, corrections = layer_step(operands)
+        if not write:
+            after = self.zeros(x) if state is None else state
+        return MemoryOutput(reads, after, None, dict(zip(heads, corrections, strict=True)), None)
 
     @property
     def is_wrapped(self) -> bool:

@@ -7,6 +7,7 @@ derived from them, and csrc/bindings/records.h mirrors them for C++.
 
 from .correction import CorrectionOperands
 from .decode import DecodeOperands
+from .layer_step import LayerStepOperands
 from .projection import PrefillOperands, Projected, ProjectionAdjoint, ProjectionOperands, QkvWeight
 from .scan import CHECKPOINT_INTERVAL, ScanCotangents, ScanOperands, ScanResult
 from .segments import SegmentOperands
@@ -16,6 +17,7 @@ __all__ = [
     "CHECKPOINT_INTERVAL",
     "CorrectionOperands",
     "DecodeOperands",
+    "LayerStepOperands",
     "PrefillOperands",
     "Projected",
     "ProjectionAdjoint",

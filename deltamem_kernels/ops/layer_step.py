@@ -1,0 +1,70 @@
+"""`layer_step`: all that a layer's memory does for one token while decoding, in one native call on a CPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..backends.eager import eager
+from ..operands import LayerStepOperands
+from .attention_correction import attention_correction
+from .memory_decode import memory_decode
+
+
+class LayerStep(NamedTuple):
+    """What `layer_step` returns."""
+
+    reads: Tensor
+    """`[B, H, R]`, or `[B, 1, H, R]`; float32, or float64 where an operand of the projection is."""
+    state: Tensor
+    """`[B, H, R, R]`, a new tensor of the given state's dtype."""
+    corrections: tuple[Tensor, ...]
+    """Each `[B, out]`, or `[B, 1, out]`, in the dtype of the reads, to be added to a projection's output."""
+
+
+def layer_step(operands: LayerStepOperands, *, backend: str | None = None) -> LayerStep:
+    """Decode one token of each sequence: read the memory, write it, and compute the corrections of the projections.
+
+    This is `memory_decode` on a copy of the state, and an `attention_correction` of zeros by each delta_weight. A token
+    that the mask leaves out reads zeros and does not change its state. On a CPU it is one call into C++. There is no
+    gradient.
+
+    Args:
+        operands: the tensors and options, which are those of `memory_decode` and `attention_correction`.
+        backend: as in `delta_update`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing has run.
+        BackendUnavailableError: the backend requested by name cannot run here.
+    """
+    results = None if is_compiling() else eager.layer_step(operands, backend)
+    return LayerStep(*results) if results else _composed(operands, backend)
+
+
+def _composed(o: LayerStepOperands, backend: str | None) -> LayerStep:
+    batch, token = o.x.shape[0], o.x.shape[1:-1]
+    if o.state is None:
+        rank = o.qkv_weight[0].shape[0] // (o.heads if len(o.qkv_weight) == 3 else 3 * o.heads)
+        dtype = torch.float64 if o.x.dtype == torch.float64 else torch.float32
+        state = o.x.new_zeros((batch, o.heads, rank, rank), dtype=dtype)
+    else:
+        state = o.state.clone(memory_format=torch.contiguous_format)
+    rows = None if o.mask is None else torch.arange(batch, device=o.x.device).masked_fill(~o.mask.reshape(batch), -1)
+    reads, _ = memory_decode(
+        state, o.x, o.qkv_weight, o.beta_weight, o.beta_bias, o.decay_weight, o.decay_bias, heads=o.heads,
+        normalize=o.normalize, mode=o.mode, state_indices=rows, backend=backend,
+    )  # fmt: skip
+    corrections = []
+    for index, weight in enumerate(o.delta_weights):
+        base = reads.new_zeros(()).expand(batch, *token, weight.shape[0])
+        scale = o.gains[index] * o.scale if o.gains else o.scale
+        norm_weight = o.norm_weight if index == len(o.delta_weights) - 1 else None
+        corrections.append(
+            attention_correction(
+                base, reads, weight, scale, norm_weight=norm_weight, norm_eps=o.norm_eps, backend=backend
+            )
+        )
+    return LayerStep(reads, state, tuple(corrections))
