@@ -118,7 +118,7 @@ CHANGES = [
     the_first_of_two,
     parametrised,
     lambda module: module.double(),
-    lambda module: module.bfloat16().float(),
+    lambda module: module.double().float(),
     lambda module: module.share_memory(),
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from ..ops.memory_projection import MemoryProjection, memory_projection
 from ..ops.segment_mean import segment_mean
 from .config import HEADS, DeltaMemConfig
 from .writes import Writes, beginnings
+
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 class MemoryRead(NamedTuple):
@@ -60,6 +62,11 @@ class DeltaMemory(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument does not fit.
+
+    Note:
+        Casting a model to 16 bits, with `half()`, `bfloat16()` or `to(torch.bfloat16)`, leaves float32 and float64
+        weights of its memory as they are. Only weights that have 16 bits already are cast. Other casts, such as
+        `double()` and `float()`, and moves to a device apply to every memory.
     """
 
     def __init__(
@@ -322,6 +329,16 @@ class DeltaMemory(nn.Module):
             check_shape("starts", starts, ((x.shape[0], x.shape[1]),), "[B, T]")
             if segment_ids is not None:
                 fail(ValueError, "starts", "None where messages or sentences write, which belong to a row", starts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeltaMemory:
+        """Apply a cast or a move of a model to the weights and their gradients, but no cast to 16 bits."""
+
+        def keep_precision(x: Tensor) -> Tensor:
+            changed = fn(x)
+            is_rounded = changed.dtype in SIXTEEN_BITS and x.dtype not in SIXTEEN_BITS
+            return x.to(changed.device) if is_rounded else changed
+
+        return super()._apply(keep_precision, recurse)
 
     def extra_repr(self) -> str:
         config = self.config
