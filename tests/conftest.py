@@ -24,7 +24,7 @@ from deltamem_kernels.backends.scan_choice import force_scan
 from deltamem_kernels.testing import ROUNDING
 
 CUDA = torch.cuda.is_available()
-pytest_plugins = ("processes",)
+pytest_plugins = ("processes", "upstream_stand_in")
 
 
 @dataclass(frozen=True)

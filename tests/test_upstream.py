@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,23 +12,6 @@ import torch
 from deltamem_kernels import compat
 from deltamem_kernels.integrations.upstream import patch, unpatch
 from deltamem_kernels.testing import FLOAT32_TOLERANCE, relative_error
-
-NAMES = ("kernels.affine_scan", "core.delta_impl", "core.delta", "runtime.session")
-
-
-def forget() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "deltamem"]:
-        del sys.modules[name]
-
-
-@pytest.fixture
-def authors(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The modules of the stand-in, which hide an installed `deltamem`."""
-    forget()
-    monkeypatch.syspath_prepend(Path(__file__).parent / "stand_in")
-    yield {name: importlib.import_module(f"deltamem.{name}") for name in NAMES}
-    unpatch()
-    forget()
 
 
 def functions(authors: dict[str, ModuleType]) -> dict[str, object]:
@@ -96,24 +77,51 @@ def test_patched_means_are_those_of_upstream(authors, granularity):
     assert getattr(layer, method)(cases[0][0], None) == (None, None, None)
 
 
-def test_patch_may_be_repeated_and_undone(authors):
+ALWAYS = {
+    "triton_affine_scan", "triton_scan_support", "scan", "support",
+    "_build_message_write_means", "_build_sentence_write_means", "forward",
+}  # fmt: skip
+WITH_STATES = {
+    "_ensure_state",
+    "_token_state_reads",
+    "_memory_affine_scan_torch",
+    "load_delta_mem_online_state",
+    "load",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "replaced"), [({}, ALWAYS), ({"state_dtype": torch.float32}, ALWAYS | WITH_STATES)], ids=str
+)
+def test_patch_may_be_repeated_and_undone(authors, options, replaced):
     before = functions(authors)
     unpatch()
     assert functions(authors) == before
-    patch()
+    patch(**options)
     patched = functions(authors)
-    changed = {name.rpartition(".")[2] for name in before if patched[name] is not before[name]}
-    assert changed == {
-        "triton_affine_scan", "triton_scan_support", "scan", "support",
-        "_build_message_write_means", "_build_sentence_write_means",
-    }  # fmt: skip
-    patch()
+    assert {name.rpartition(".")[2] for name in before if patched[name] is not before[name]} == replaced
+    patch(**options)
     assert functions(authors) == patched
     del sys.modules["deltamem.runtime.session"]  # what is imported later has the new functions, and loses them too
     authors["runtime.session"] = importlib.import_module("deltamem.runtime.session")
     assert functions(authors) == patched
     unpatch()
     assert functions(authors) == before
+
+
+def test_another_state_dtype_raises_and_replaces_nothing(authors):
+    before = functions(authors)
+    for dtype in (torch.bfloat16, torch.int32, "float32"):
+        with pytest.raises(ValueError, match=r"state_dtype must be torch\.float32, torch\.float64 or None, got "):
+            patch(state_dtype=dtype)
+        assert functions(authors) == before
+    for first, second in ((None, torch.float32), (torch.float32, None), (torch.float32, torch.float64)):
+        patch(state_dtype=first)
+        patched = functions(authors)
+        with pytest.raises(RuntimeError, match=f"called before with state_dtype={first}, got {second}: call unpatch"):
+            patch(state_dtype=second)
+        assert functions(authors) == patched
+        unpatch()
 
 
 def drop(owner, name):
@@ -148,15 +156,29 @@ OTHERS = {
     r"_sentence_write_inputs takes \(self\), expected \(self, hidden_states, token_mask\)": replace(
         attention, "_sentence_write_inputs", lambda self: None
     ),
+    r"forward takes \(self, x\), expected \(self, hidden_states, position_embeddings\)": replace(
+        attention, "forward", lambda self, x: None
+    ),
+}
+OF_STATES = {
+    "DeltaMemAttention has no function _ensure_state": drop(attention, "_ensure_state"),
+    r"_token_state_reads takes \(self, state\), expected": replace(
+        attention, "_token_state_reads", lambda self, state: None
+    ),
+    "DeltaMemAttention has no function _memory_affine_scan_torch": drop(attention, "_memory_affine_scan_torch"),
+    "delta_impl has no function load_delta_mem_online_state": drop(layer, "load_delta_mem_online_state"),
 }
 
 
-@pytest.mark.parametrize("message", OTHERS)
+@pytest.mark.parametrize("message", OTHERS | OF_STATES)
 def test_another_version_raises_and_nothing_is_replaced(authors, monkeypatch, message):
-    OTHERS[message](monkeypatch, authors)
+    (OTHERS | OF_STATES)[message](monkeypatch, authors)
     before = {name: dict(vars(module)) for name, module in authors.items()}
     with pytest.raises(RuntimeError, match=f"another version of `deltamem`: .*{message}.*Nothing was replaced"):
+        patch(state_dtype=torch.float32)
+    if message in OF_STATES:
         patch()
+        unpatch()
     assert {name: dict(vars(module)) for name, module in authors.items()} == before
 
 

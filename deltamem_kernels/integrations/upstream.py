@@ -4,8 +4,9 @@
 
     patch()
 
-Its models, sessions and training scripts then use this package's scan and segment means, on any device. Everything else
-in the authors' code is unchanged, including where the state is stored, its dtype between calls, and how masks are read.
+Its models, sessions and training scripts then use this package's scan and segment means, on any device, and train under
+gradient checkpointing. `patch(state_dtype=torch.float32)` also keeps the state in float32 between the calls of a 16-bit
+model. Everything else in the authors' code is unchanged, including where the state is stored and how masks are read.
 """
 
 from __future__ import annotations
@@ -22,28 +23,45 @@ import torch
 from torch import Tensor
 
 from ..compat import triton_affine_scan, triton_scan_support
-from ..ops.segment_mean import segment_mean
+from . import upstream_layer as ours
 
 __all__ = ["patch", "unpatch"]
 
 PACKAGE = "deltamem"
 KERNELS, LAYER = f"{PACKAGE}.kernels.affine_scan", f"{PACKAGE}.core.delta_impl"
 
-Means = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-
-def patch() -> None:
-    """Replace the scan and the message and sentence means of the authors' code. Existing layers are included.
+def patch(*, state_dtype: torch.dtype | None = None) -> None:
+    """Replace the scan, the message and sentence means and a few methods of the authors' code, also of existing layers.
 
     The new scan is `deltamem_kernels.compat.triton_affine_scan`. It replaces the old one under every name in every
     module of `deltamem`. Layers with `scan_impl="torch"` (DELTA_MEM_SCAN_IMPL) keep the authors' loop. A second call
-    has no effect. `unpatch` restores the original functions.
+    with the same state_dtype has no effect. `unpatch` restores the original functions.
+
+    Training works with and without gradient checkpointing. A layer that checkpointing calls again in backward starts
+    from the state of the first call. After a backward that frees the graph, layers continue from the values of their
+    states, and gradients do not go back through earlier steps.
+
+    Args:
+        state_dtype: dtype of the state between calls, torch.float32 or torch.float64. The authors' code keeps the state
+            in the dtype of the hidden states, so a 16-bit model rounds it at each call. None leaves it so. A hidden
+            state of a wider dtype still decides. After `unpatch`, the authors' code resets a state of another dtype
+            than the hidden states to zeros.
 
     Raises:
         ImportError: `deltamem` or one of its dependencies is not installed.
-        RuntimeError: the version of `deltamem` is not supported. Nothing is replaced.
+        RuntimeError: the version of `deltamem` is not supported, or `patch` was called before with another state_dtype.
+            Nothing is replaced.
+        ValueError: state_dtype is another dtype.
     """
+    global _patched_with
+    if state_dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"state_dtype must be torch.float32, torch.float64 or None, got {state_dtype!r}")
     if _replaced:
+        if state_dtype != _patched_with:
+            raise RuntimeError(
+                f"patch() was called before with state_dtype={_patched_with}, got {state_dtype}: call unpatch() first"
+            )
         return
     kernels, layer = _module(KERNELS), _module(LAYER)
     attention = getattr(layer, "DeltaMemAttention", None)
@@ -55,19 +73,30 @@ def patch() -> None:
             raise _other_version(f"{LAYER} does not take {name} from {KERNELS}")
     for name, like in {**MEANS, **CALLED}.items():
         _check(attention, name, like)
-    _replaced.update({getattr(kernels, name): ours for name, ours in SCAN.items()})
-    _replaced.update({getattr(attention, name): ours for name, ours in MEANS.items()})
+    _check(attention, "forward", _forward, may_have_more=True)
+    replaced = {getattr(kernels, name): function for name, function in SCAN.items()}
+    replaced |= {vars(attention)[name]: function for name, function in MEANS.items()}
+    replaced[vars(attention)["forward"]] = ours.trainable(vars(attention)["forward"])
+    for owner, changes in ((attention, STATE), (layer, LOAD)) if state_dtype else ():
+        for name, change in changes.items():
+            theirs = vars(owner).get(name)
+            function = change(theirs, state_dtype)
+            _check(owner, name, function)
+            replaced[theirs] = function
+    _patched_with = state_dtype
+    _replaced.update(replaced)
     _swap(_replaced)
 
 
 def unpatch() -> None:
     """Restore the authors' functions. Has no effect unless `patch` was called."""
     if _replaced:
-        _swap({ours: theirs for theirs, ours in _replaced.items()})
+        _swap({new: theirs for theirs, new in _replaced.items()})
         _replaced.clear()
 
 
 _replaced: dict[Callable, Callable] = {}  # the authors' functions and their replacements
+_patched_with: torch.dtype | None = None
 
 
 def _swap(new: dict[Callable, Callable]) -> None:
@@ -100,13 +129,16 @@ def _module(name: str) -> ModuleType:
         raise _other_version(f"it has no module {error.name}") from error
 
 
-def _check(owner: Any, name: str, like: Callable) -> None:
-    """Raise RuntimeError unless owner has a function of this name with the parameters of `like`."""
+def _check(owner: Any, name: str, like: Callable, *, may_have_more: bool = False) -> None:
+    """Raise RuntimeError unless owner has a function of this name with the parameters of `like`.
+
+    With may_have_more, its parameters may go on after those of `like`.
+    """
     function = vars(owner).get(name)
     if not inspect.isfunction(function):
         raise _other_version(f"{owner.__name__} has no function {name}")
     got, wanted = (list(inspect.signature(each).parameters) for each in (function, like))
-    if got != wanted:
+    if got[: len(wanted) if may_have_more else None] != wanted:
         raise _other_version(f"{owner.__name__}.{name} takes ({', '.join(got)}), expected ({', '.join(wanted)})")
 
 
@@ -114,47 +146,23 @@ def _other_version(what: str) -> RuntimeError:
     return RuntimeError(f"patch() was made for another version of `deltamem`: {what}. Nothing was replaced")
 
 
-# Replacements for methods of the authors' DeltaMemAttention. They return the means `[B, M, D]`, which of them to write
-# `[B, M]`, and the message index of each `[B, M]` (-1 for none). If they return None three times, every token writes.
-
-
-def _build_message_write_means(self: Any, hidden_states: Tensor, token_mask: Tensor | None) -> Means:
-    given = self._message_write_inputs(hidden_states, token_mask)
-    if self.memory_write_granularity != "message_mean" or given is None:
-        return None, None, None
-    ids, means, written = _means(hidden_states, *given)
-    return means, written, torch.where(written, torch.arange(means.shape[1], device=ids.device), -1)
-
-
-def _build_sentence_write_means(self: Any, hidden_states: Tensor, token_mask: Tensor | None) -> Means:
-    given = self._sentence_write_inputs(hidden_states, token_mask)
-    if self.memory_write_granularity != "sentence_mean" or given is None:
-        return None, None, None
-    message_ids, sentence_ids, active = given
-    ids, means, written = _means(hidden_states, sentence_ids, active)
-    last = ids.shape[1] - 1
-    tokens = torch.arange(last + 1, device=ids.device)
-    first = ids.new_full(written.shape, last)  # the first token of each sentence
-    first.scatter_reduce_(1, ids.clamp_min(0), torch.where(ids < 0, last, tokens), "amin")
-    return means, written, torch.where(written, message_ids.to(ids.dtype).gather(1, first), -1)
-
-
-def _means(hidden_states: Tensor, ids: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the ids, with -1 for inactive tokens, and the segment means.
-
-    A GPU is synchronised once, for the number of segments; the authors' code synchronises several times per segment.
-    """
-    ids = torch.where(active, ids, -1).to(torch.int64)
-    return ids, *segment_mean(hidden_states, ids, int(ids.max()) + 1)
-
-
 def _write_inputs(self: Any, hidden_states: Tensor, token_mask: Tensor | None) -> None:
-    """Signature of the authors' methods that the replacements call."""
+    """Signature of the authors' methods that the means call."""
+
+
+def _forward(self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
+    """Start of the signature of the authors' forward."""
 
 
 SCAN: dict[str, Callable] = {"triton_affine_scan": triton_affine_scan, "triton_scan_support": triton_scan_support}
 MEANS: dict[str, Callable] = {
-    "_build_message_write_means": _build_message_write_means,
-    "_build_sentence_write_means": _build_sentence_write_means,
+    "_build_message_write_means": ours.build_message_write_means,
+    "_build_sentence_write_means": ours.build_sentence_write_means,
 }
 CALLED: dict[str, Callable] = {"_message_write_inputs": _write_inputs, "_sentence_write_inputs": _write_inputs}
+STATE: dict[str, Callable] = {
+    "_ensure_state": ours.ensure_state,
+    "_token_state_reads": ours.token_state_reads,
+    "_memory_affine_scan_torch": ours.memory_affine_scan_torch,
+}
+LOAD: dict[str, Callable] = {"load_delta_mem_online_state": ours.load_online_state}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,19 @@ ARCHIVED: dict[str, Any] = {  # fields that the authors' code still writes to it
     "latent_memory_slots": 4,
     "latent_memory_init_std": 0.002,
     "latent_gate_init": 0.01,
+}
+WITHOUT_EFFECT = {  # archived fields of which the authors' code also takes other values, and does not use them
+    "memory_partition_sigmoid_gate_bias_init",
+    "global_memory_gate_bias_init",
+    "global_memory_read_logit_bias",
+    "memory_reader_hidden_size",
+    "memory_reader_residual_scale",
+    "memory_reader_read_only",
+    "latent_memory_hidden_size",
+    "latent_memory_residual_scale",
+    "latent_memory_slots",
+    "latent_memory_init_std",
+    "latent_gate_init",
 }
 
 
@@ -140,9 +154,12 @@ class DeltaMemConfig:
     def from_dict(cls, data: dict[str, Any]) -> DeltaMemConfig:
         """Create a configuration from the fields of the authors' file. Missing fields have their defaults.
 
+        A UserWarning names what the authors' code accepts and this class does not keep: archived fields with values
+        that have no effect, 0 and 1 for booleans, and floats such as 8.0 for integers.
+
         Raises:
             TypeError: data is not a dict, or a field has the wrong type.
-            ValueError: a field is unknown or invalid, or an archived field differs from its default.
+            ValueError: a field is unknown or invalid, or an archived field has a value that the authors' code refuses.
         """
         if not isinstance(data, dict):
             raise TypeError(f"a configuration must be a dict of fields, got {type(data).__name__} {data!r:.60}")
@@ -150,12 +167,25 @@ class DeltaMemConfig:
         unknown = sorted(data.keys() - used - ARCHIVED.keys())
         if unknown:
             raise ValueError(f"unknown fields in a δ-mem configuration: {', '.join(map(repr, unknown))}")
+        notes = []
         for name, default in ARCHIVED.items():
             value = data.get(name, default)
             value = list(value) if isinstance(value, tuple) else value
             if value != default:
-                raise ValueError(f"{name} is archived: it must be {default!r} or missing, got {value!r}")
-        return cls(**{name: x for name, x in data.items() if name in used})
+                if name not in WITHOUT_EFFECT:
+                    raise ValueError(f"{name} is archived: it must be {default!r} or missing, got {value!r}")
+                notes.append(f"{name}={value!r} is ignored, because it has no effect")
+        given = {}
+        for field in fields(cls):
+            if field.name in data:
+                value = data[field.name]
+                given[field.name] = exact = _exact(value, field.default)
+                if exact is not value:
+                    notes.append(f"{field.name}={value!r} is read as {exact!r}")
+        config = cls(**given)
+        if notes:
+            warnings.warn(f"deltamem_kernels: {'; '.join(notes)}", stacklevel=2)
+        return config
 
     def save(self, folder: str | Path) -> None:
         """Write delta_mem_config.json to a folder atomically. A missing folder is created."""
@@ -170,12 +200,26 @@ class DeltaMemConfig:
         Raises:
             FileNotFoundError: the file does not exist.
             ValueError: the file is not valid JSON, or a field is unknown or invalid. The message names the file.
+
+        Warns:
+            UserWarning: as `from_dict`.
         """
         path = Path(folder) / CONFIG_FILE
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:  # a JSON error is a ValueError
             raise ValueError(f"{path}: {error}") from error
+
+
+def _exact(value: Any, default: Any) -> Any:
+    """Return 0 and 1 as a bool and integral floats as an int, where the field has this type; otherwise the value."""
+    if type(default) is bool and type(value) is int and value in (0, 1):
+        return bool(value)
+    if type(default) is int and type(value) is float and value.is_integer():
+        return int(value)
+    if isinstance(default, tuple) and isinstance(value, list) and any(type(x) is float for x in value):
+        return [_exact(x, 0) for x in value]
+    return value
 
 
 def _check_type(name: str, value: Any, default: Any) -> Any:

@@ -125,7 +125,9 @@ class MemoryWeights(nn.Module):
         norm_weight = self.weight("delta_o_rmsnorm_weight") if config.delta_o_rmsnorm and head == "o" else None
         return Correction(self.weight(f"delta_{head}_proj"), scale, norm_weight, config.delta_o_rmsnorm_eps)
 
-    def projection_weights(self) -> tuple[Any, ...]:
+    def projection_weights(
+        self,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor | None, Tensor | None]:
         """The weights in the order of `memory_projection`'s arguments."""
         weight, config = self.weight, self.config
         qkv = weight("memory_q_proj"), weight("memory_k_proj"), weight("memory_v_proj")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +53,9 @@ def _composed(o: LayerStepOperands, backend: str | None) -> LayerStep:
     else:
         state = o.state.clone(memory_format=torch.contiguous_format)
     rows = None if o.mask is None else torch.arange(batch, device=o.x.device).masked_fill(~o.mask.reshape(batch), -1)
+    qkv_weight: Any = o.qkv_weight if len(o.qkv_weight) == 3 else o.qkv_weight[0]
     reads, _ = memory_decode(
-        state, o.x, o.qkv_weight, o.beta_weight, o.beta_bias, o.decay_weight, o.decay_bias, heads=o.heads,
+        state, o.x, qkv_weight, o.beta_weight, o.beta_bias, o.decay_weight, o.decay_bias, heads=o.heads,
         normalize=o.normalize, mode=o.mode, state_indices=rows, backend=backend,
     )  # fmt: skip
     corrections = []

@@ -1,11 +1,19 @@
 """Attach a δ-mem memory to transformers models, which are then used as before."""
 
-from .adapter import load_adapter, save_adapter
-from .attach import attach_memory, detach_memory, memory_layers
-from .cache import get_memory, set_memory
-from .call import MemoryCall
-from .states import load_memory, save_memory
-from .statistics import LayerStatistics
+try:
+    from .adapter import load_adapter, save_adapter
+    from .attach import attach_memory, detach_memory, memory_layers
+    from .cache import get_memory, set_memory
+    from .call import MemoryCall
+    from .states import load_memory, save_memory
+    from .statistics import LayerStatistics
+except ModuleNotFoundError as error:
+    if error.name not in ("transformers", "safetensors", "huggingface_hub"):
+        raise
+    raise ModuleNotFoundError(
+        f"{__name__} needs {error.name}, which is not installed: pip install 'deltamem_kernels[transformers]'",
+        name=error.name,
+    ) from error
 
 __all__ = [
     "LayerStatistics",

@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from ...nn import DeltaMemConfig, DeltaMemory
-from ...nn.config import HEADS
+from ...nn.config import CONFIG_FILE, HEADS
 from .attach import build_memories, install_memories
-from .layers import memory_layers
+from .layers import memory_layers, memory_of
 from .states import read_safetensors, write_safetensors
 
 WEIGHTS_FILE = "delta_mem_adapter.safetensors"
@@ -30,20 +32,23 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     `<module path>.<name>`.
 
     Raises:
+        TypeError: model is not a module.
         ValueError: the model has no memory.
     """
     layers = memory_layers(model)
     if not layers:
         raise ValueError("the model has no memory: call attach_memory first")
-    config = layers[0][1].delta_memory.config
+    config = memory_of(layers[0][1]).config
     config.save(folder)
     metadata = {"format": FORMAT, "version": "1", "config": config_digest(config)}
-    weights = named_weights({name: attention.delta_memory for name, attention in layers})
+    weights = named_weights({name: memory_of(attention) for name, attention in layers})
     write_safetensors(weights, Path(folder) / WEIGHTS_FILE, metadata)
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> DeltaMemConfig:
-    """Load a memory that `save_adapter` or the authors' code saved.
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> DeltaMemConfig:
+    """Load a memory that `save_adapter` or the authors' code saved, from a folder or from the Hugging Face Hub.
 
     If the model has no memory, one is attached. If it has a memory with the same configuration, its weights are
     replaced. The authors' delta_mem_adapter.pt is read with `weights_only=True`, so no code in it runs. If loading
@@ -51,19 +56,26 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = t
 
     Args:
         model: a transformers model.
-        folder: the folder with the configuration and the weights.
+        folder: the folder with the configuration and the weights. A string "org/name" that is no folder is the id of a
+            repository on the Hub. Its files are downloaded into the Hub's cache, and read from there if the Hub cannot
+            be reached or HF_HUB_OFFLINE=1.
+        revision: the branch, tag or commit of a repository on the Hub. None means its main branch.
         dtype: dtype of the weights if a memory is attached.
 
     Returns:
         The configuration of the memory.
 
     Raises:
-        FileNotFoundError: the configuration or the weights are missing.
-        ValueError: a file is damaged or of another kind, or does not fit the model.
+        TypeError: model is not a module.
+        FileNotFoundError: the folder, the configuration or the weights are missing.
+        NotADirectoryError: folder is a file.
+        ValueError: a file is damaged or of another kind, or does not fit the model, or a revision is given with a
+            folder.
     """
-    config = DeltaMemConfig.load(folder)
-    path, weights = _read_weights(Path(folder), config)
-    layers = {name: attention.delta_memory for name, attention in memory_layers(model)}
+    layers = {name: memory_of(attention) for name, attention in memory_layers(model)}
+    path = _find_folder(folder, revision)
+    config = DeltaMemConfig.load(path)
+    path, weights = _read_weights(path, config)
     is_new = not layers
     if is_new:  # output_init="zero" is the cheapest; the weights are replaced below
         layers = build_memories(model, replace(config, output_init="zero"), dtype)
@@ -88,7 +100,7 @@ def named_weights(memories: dict[str, DeltaMemory]) -> dict[str, Tensor]:
     return {
         f"{unwrap_name(name)}.{key}": weight
         for name, memory in memories.items()
-        for key, weight in memory.named_parameters()
+        for key, weight in memory.named_parameters(remove_duplicate=False)
     }
 
 
@@ -101,6 +113,27 @@ def unwrap_name(name: str) -> str:
 def config_digest(config: DeltaMemConfig) -> str:
     """Return a digest of a configuration, stored with the weights to detect files that do not belong together."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _find_folder(folder: str | Path, revision: str | None) -> Path:
+    """Return the local folder of an adapter. It is downloaded from the Hub if `folder` is the id of a repository."""
+    path = Path(folder)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision must be None for a local folder, got {revision!r} with {path}")
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path}: must be the folder that holds {CONFIG_FILE}, got a file")
+    if not isinstance(folder, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", folder):
+        raise FileNotFoundError(f"{path}: no such folder")
+    try:
+        files = [CONFIG_FILE, WEIGHTS_FILE, AUTHORS_FILE]
+        return Path(snapshot_download(folder, revision=revision, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{folder}: no such folder, and it could not be loaded from the Hugging Face Hub (revision "
+            f"{revision or 'main'}): {error}"
+        ) from error
 
 
 def _read_weights(folder: Path, config: DeltaMemConfig) -> tuple[Path, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from ...nn.config import HEADS
 from .context import Attachment
 from .extending import Extension, extend, restore
 from .extensions import Attention, Layer, Model, Stack, carry_context, extend_projections, restore_projections
-from .layers import WRAPPERS, attention_layers, memory_layers
+from .layers import WRAPPERS, attention_layers, check_model, memory_layers
 
 
 def attach_memory(model: nn.Module, config: DeltaMemConfig, *, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -31,6 +31,7 @@ def attach_memory(model: nn.Module, config: DeltaMemConfig, *, dtype: torch.dtyp
         The names of the attention modules.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: the model is not supported or already has a memory. It is then unchanged.
     """
     return install_memories(model, build_memories(model, config, dtype))
@@ -38,6 +39,7 @@ def attach_memory(model: nn.Module, config: DeltaMemConfig, *, dtype: torch.dtyp
 
 def build_memories(model: nn.Module, config: DeltaMemConfig, dtype: torch.dtype) -> dict[str, DeltaMemory]:
     """Create a memory for each attention module, by the module's name, without changing the model."""
+    check_model(model, config)
     if any(isinstance(module, Extension) for module in model.modules()):
         raise ValueError("the model already has a memory: remove it with detach_memory first")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -18,9 +18,11 @@ FORMAT = {"format": "deltamem_kernels.states", "version": "1"}
 
 def check_states(model: nn.Module, states: object) -> None:
     """Raise TypeError or ValueError unless there is a state for each layer with a memory, all with one batch size."""
-    if not isinstance(states, dict):
-        raise TypeError(f"states must be a dict from layer indices to tensors, got {type(states).__name__}")
     layers = {attention.layer_idx: attention.delta_memory.config for _, attention in memory_layers(model)}
+    if not layers:
+        raise ValueError("the model has no memory: call attach_memory or load_adapter first")
+    if not isinstance(states, dict):
+        raise _not_states(states)
     if states.keys() != layers.keys():
         raise ValueError(
             f"states must have the keys {sorted(layers)} (the layers with a memory), got {sorted(states, key=str)}"
@@ -38,9 +40,22 @@ def check_states(model: nn.Module, states: object) -> None:
         raise ValueError(f"states must have the same batch size in every layer, got {sorted(batches)}")
 
 
+def _not_states(states: object) -> TypeError:
+    return TypeError(
+        "states must be a dict from layer indices to tensors, as get_memory(cache) returns it, "
+        f"got {type(states).__name__}"
+    )
+
+
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically."""
-    on_cpu = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
+    """Write a safetensors file atomically. Tensors that share their storage are written in full, each on its own."""
+    on_cpu: dict[str, Tensor] = {}
+    storages = set()
+    for key, x in tensors.items():
+        x = x.detach().cpu().contiguous()
+        storage = x.untyped_storage().data_ptr()
+        on_cpu[key] = x.clone() if storage in storages else x  # save_file refuses shared storages
+        storages.add(storage)
     replace_file(path, lambda name: save_file(on_cpu, name, metadata))
 
 
@@ -70,8 +85,13 @@ def save_memory(states: dict[int, Tensor], path: str | Path) -> None:
         ValueError: states is empty.
         FileNotFoundError: the folder does not exist.
     """
-    if not isinstance(states, dict) or not all(type(i) is int and isinstance(x, Tensor) for i, x in states.items()):
-        raise TypeError("states must be a dict from layer indices to tensors")
+    if not isinstance(states, dict):
+        raise _not_states(states)
+    for index, state in states.items():
+        if type(index) is not int or not isinstance(state, Tensor):
+            raise TypeError(
+                f"states must be a dict from layer indices to tensors, got the key {index!r} with {describe(state)}"
+            )
     if not states:
         raise ValueError("states must have at least one layer, got none: the model has not been called yet")
     write_safetensors({f"layers.{index}": state for index, state in states.items()}, Path(path), FORMAT)
