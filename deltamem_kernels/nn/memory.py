@@ -128,15 +128,16 @@ class DeltaMemory(MemoryWeights):
 
     def _decode(self, x: Tensor, state: Tensor | None, mask: Tensor | None, write: bool) -> MemoryOutput:
         """Read, write and correct for one token in one call."""
-        config = self.config
-        heads = [head for head in HEADS if head in config.delta_heads]  # o's correction, which may have a norm, is last
-        given = [self.correction_of(head) for head in heads]
-        gains = [correction.scale for correction in given if isinstance(correction.scale, Tensor)]
+        config, heads = self.config, self.corrected_heads
+        gains, norm_weight, scale = [], None, config.alpha / config.rank
+        if config.trainable_delta_scale:
+            gains, scale = [self.gain(head) for head in heads], 1.0
+        if config.delta_o_rmsnorm and "o" in heads:  # o's correction is the last
+            norm_weight = self.weight("delta_o_rmsnorm_weight")
         operands = LayerStepOperands(
-            x, state, *self.projection_weights(), mask,
-            [correction.weight for correction in given], gains, given[-1].norm_weight if given else None,
-            config.num_state_heads, config.normalize_qk, config.state_update_mode,
-            1.0 if gains else config.alpha / config.rank, config.delta_o_rmsnorm_eps,
+            x, state, *self.projection_weights(), mask, [self.weight(f"delta_{head}_proj") for head in heads], gains,
+            norm_weight, config.num_state_heads, config.normalize_qk, config.state_update_mode, scale,
+            config.delta_o_rmsnorm_eps,
         )  # fmt: skip
         reads, after, corrections = layer_step(operands)
         if not write:

@@ -53,6 +53,7 @@ class MemoryWeights(nn.Module):
         if dtype not in FLOATS:
             fail(TypeError, "dtype", "float16, bfloat16, float32 or float64", dtype)
         self.config = config
+        self.corrected_heads = [head for head in HEADS if head in config.delta_heads]
         self.hidden_size = hidden_size
         width = config.num_state_heads * config.rank
         gates = width if config.rankwise_gates else config.num_state_heads
@@ -117,13 +118,15 @@ class MemoryWeights(nn.Module):
     def correction_of(self, head: str) -> Correction:
         """The weight, scale and norm of a head's correction."""
         config = self.config
-        scale: float | Tensor = config.alpha / config.rank
-        if config.trainable_delta_scale:
-            raw = self.weight("delta_scale_raw")
-            raw = raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
-            scale = scale * (torch.sigmoid(raw) * config.delta_scale_max)
+        scale = self.gain(head) if config.trainable_delta_scale else config.alpha / config.rank
         norm_weight = self.weight("delta_o_rmsnorm_weight") if config.delta_o_rmsnorm and head == "o" else None
         return Correction(self.weight(f"delta_{head}_proj"), scale, norm_weight, config.delta_o_rmsnorm_eps)
+
+    def gain(self, head: str) -> Tensor:
+        """The trained scale of a head's correction."""
+        config, raw = self.config, self.weight("delta_scale_raw")
+        raw = raw[HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
+        return config.alpha / config.rank * (torch.sigmoid(raw) * config.delta_scale_max)
 
     def projection_weights(
         self,

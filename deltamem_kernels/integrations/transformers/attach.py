@@ -77,8 +77,8 @@ def install_memories(model: nn.Module, memories: dict[str, DeltaMemory]) -> list
         attention: Any = modules[name]
         extend(attention, Attention)
         attention.delta_memory, attention.memory_attachment = memory, attachment
-        attention.corrected_projections = [(head, None) for head in HEADS if head in memory.config.delta_heads]
-        extend_projections(attention)
+        attention.corrected_projections = {}
+        extend_projections(attention, [f"{head}_proj" for head in HEADS if head in memory.config.delta_heads])
         place = _place_in_stack(modules, name)
         if place is not None:
             stack, layers, layer = place

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ...nn import DeltaMemConfig
+from ...nn.memory import Gates
 from .cache import LayerMemory, Step, layer_memory
 from .cache_keyword import given_cache
 from .call import MemoryCall, active_call
-from .context import StackContext
+from .context import NO_CONTEXT, StackContext
 from .statistics import Measurement
 
 
@@ -24,40 +25,54 @@ class LayerCall:
     then add their corrections. In a longer call each correction is computed where it is added, fused with the addition.
     """
 
+    __slots__ = (
+        "after", "attention", "before", "call", "corrected", "corrections", "gates", "layer", "mask", "measured",
+        "memory", "reads", "tokens", "write", "writes",
+    )  # fmt: skip
+
     def __init__(self, attention: Any, context: StackContext, x: Tensor, kwargs: dict[str, Any]) -> None:
         self.attention = attention
         self.tokens = x.shape[1]
-        self.call = call = context.call or active_call(attention.memory_attachment)
-        self.write = write = call is None or call.write
+        call = active_call(attention.memory_attachment) if context is NO_CONTEXT else context.call
+        self.call: MemoryCall | None = call
+        self.write = call is None or call.write
         cache = given_cache(kwargs)
         self.layer: LayerMemory | None = None if cache is None else layer_memory(cache, attention.layer_idx)
-        self.before = state = self._state(x)
-        self.mask = mask = self._mask(context, x.shape[0], cache, kwargs.get("attention_mask"))
-        memory = attention._modules["delta_memory"]  # an attribute of a module takes half a microsecond longer
-        segments = _segments(memory.config, call, x, decoding=self.tokens == 1 and cache is not None) if write else {}
-        starts = None if context.starts is None else _starts(context.starts, x, bool(segments))
-        self.memory: Any = memory
+        self.before = self._state(x)
+        attention_mask = kwargs.get("attention_mask")
+        self.mask = None if attention_mask is None else self._mask(context, x.shape[0], cache, attention_mask)
+        self.memory: Any = attention._modules["delta_memory"]
+        self.measured = None if call is None or not call.measures else Measurement(self.mask)
         self.corrected: set[str] = set()
         self.corrections: dict[str, Tensor] | None = None
-        self.measured = None if call is None or not call.measures else Measurement(mask)
-        if self.tokens == 1 or self.measured is not None or memory.is_wrapped:
-            gates = {} if self.measured is None else {"return_gates": True}
-            output = memory(x, state, mask=mask, write=write, starts=starts, **segments, **gates)
-            self.reads, self.after, self.writes, self.corrections, self.gates = output
-        else:
-            self.reads, self.after, self.writes = memory.read(
-                x, state, mask=mask, write=write, starts=starts, **segments
-            )
+        self.gates: Gates | None = None
+        self._run(context, x, decoding=self.tokens == 1 and cache is not None)
 
-    def correct(self, head: str, output: Tensor, *, in_place: bool) -> Tensor:
-        """Return the corrected output of a projection."""
-        self.corrected.add(head)
+    def _run(self, context: StackContext, x: Tensor, *, decoding: bool) -> None:
+        """Read and write the memory."""
+        memory, write = self.memory, self.write
+        options: dict[str, Any] = {"mask": self.mask, "write": write}
+        if write and memory.config.memory_write_granularity != "token":
+            options |= _segments(memory.config, self.call, x, decoding=decoding)
+        if context.starts is not None:
+            options["starts"] = _starts(context.starts, x, "segment_ids" in options)
+        if self.measured is not None:
+            options["return_gates"] = True
+        if self.tokens == 1 or self.measured is not None or memory.is_wrapped:
+            self.reads, self.after, self.writes, self.corrections, self.gates = memory(x, self.before, **options)
+        else:
+            self.reads, self.after, self.writes = memory.read(x, self.before, **options)
+
+    def correct(self, name: str, output: Tensor, in_place: bool) -> Tensor:
+        """Return the corrected output of the projection of this name."""
+        self.corrected.add(name)
+        head = name[0]
         if self.corrections is None:
             return self.memory.correct(output, self.reads, head, out=output if in_place else None)
         correction = self.corrections[head]
         if output.shape != correction.shape:
             raise ValueError(
-                f"{head}_proj must return {list(correction.shape)} in a layer with a memory, got {list(output.shape)}"
+                f"{name} must return {list(correction.shape)} in a layer with a memory, got {list(output.shape)}"
             )
         if self.measured is not None:
             self.measured.ratios[head] = self.measured.ratio(correction, output)
@@ -70,12 +85,12 @@ class LayerCall:
             RuntimeError: a projection that the memory corrects was not called.
         """
         attention, layer, call = self.attention, self.layer, self.call
-        for head, _ in attention.corrected_projections:
-            if head not in self.corrected:
-                raise RuntimeError(
-                    f"{head}_proj of layer {attention.layer_idx} was not called, so the memory could not correct it: "
-                    f"leave {head!r} out of delta_heads, or this layer out of target_layers"
-                )
+        if len(self.corrected) < len(attention.corrected_projections):
+            name = min(attention.corrected_projections.keys() - self.corrected)
+            raise RuntimeError(
+                f"{name} of layer {attention.layer_idx} was not called, so the memory could not correct it: leave "
+                f"{name[0]!r} out of delta_heads, or this layer out of target_layers"
+            )
         if layer is not None:
             layer.advance(self.after, Step(self.tokens, self.before, self.writes, self.write))
         if call is not None:
@@ -98,8 +113,6 @@ class LayerCall:
         return state if state.device == x.device else state.to(x.device)
 
     def _mask(self, context: StackContext, batch: int, cache: Any, attention_mask: Any) -> Tensor | None:
-        if attention_mask is None:
-            return None
         past: int | Tensor = 0
         if cache is not None:
             past = cache.get_seq_length(self.attention.layer_idx)
@@ -119,8 +132,6 @@ def _starts(starts: Tensor, x: Tensor, has_segments: bool) -> Tensor | None:
 
 def _segments(config: DeltaMemConfig, call: MemoryCall | None, x: Tensor, *, decoding: bool) -> dict[str, Any]:
     """Return the segment arguments of `DeltaMemory.read`; empty if every token writes."""
-    if config.memory_write_granularity == "token":
-        return {}
     ids = None if call is None else call.segment_ids
     if ids is None:
         _warn_of_tokens(config.memory_write_granularity)
