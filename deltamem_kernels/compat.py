@@ -17,6 +17,7 @@ from torch import Tensor
 from .operands import ScanOperands
 from .operands.checks import FLOATS, MAX_RANK, fail
 from .ops.delta_update import run_scan
+from .ops.differentiation import refuse_tangents
 
 __all__ = ["TritonScanSupport", "triton_affine_scan", "triton_scan_support"]
 
@@ -86,6 +87,7 @@ def triton_affine_scan(
 
     Raises:
         RuntimeError: `triton_scan_support` does not support the tensors.
+        NotImplementedError: a tensor carries a tangent of forward-mode differentiation.
         TypeError: an argument is not a tensor.
         ValueError: token_mask has the wrong shape.
     """
@@ -100,5 +102,6 @@ def triton_affine_scan(
     q_, k_, v_, keep_, erase_, write_ = (x.unsqueeze(2) for x in (q, k, v, keep, erase, write))
     q_ = q_.to(torch.promote_types(q.dtype, v.dtype))
     operands = ScanOperands(q_, k_, v_, erase_, keep_, write_, state.unsqueeze(1), mask, None, "affine")
+    refuse_tangents("triton_affine_scan", operands)
     reads, final_state = run_scan(operands)
     return final_state.squeeze(1).to(state.dtype), reads.squeeze(2).to(v.dtype)

@@ -60,7 +60,22 @@ def decode() -> tuple:
     )  # fmt: skip
 
 
-CALLS: dict[str, Callable[[], tuple]] = {f.__name__: f for f in (scan, step, correct, project, prefill, decode)}
+def layer_step() -> tuple:
+    (projection,) = project()
+    _, qkv, *gates, heads, normalize = projection
+    state, mask = torch.randn(N, H, R, R), torch.tensor([True, False, True])
+    weights, gains = [torch.randn(WIDTH, H * R), torch.randn(6, H * R)], [torch.tensor(0.5), torch.tensor(2.0)]
+    return (
+        operands.LayerStepOperands(
+            torch.randn(N, D), state, qkv, *gates, mask, weights, gains, torch.rand(6), heads, normalize, "standard",
+            1.0, 1e-6,
+        ),
+    )  # fmt: skip
+
+
+CALLS: dict[str, Callable[[], tuple]] = {
+    f.__name__: f for f in (scan, step, correct, project, prefill, decode, layer_step)
+}
 CHECKS: dict[str, Callable[..., None]] = {
     "scan": lambda record: record.check(),
     "step": lambda record: record.check(),
@@ -68,4 +83,5 @@ CHECKS: dict[str, Callable[..., None]] = {
     "project": lambda record: record.check(),
     "prefill": lambda record: record.check(),
     "decode": lambda record: record.check(heads=record.head_dim != 0),
+    "layer_step": lambda record: record.check(),
 }

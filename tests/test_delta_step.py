@@ -226,6 +226,7 @@ def good() -> dict:
     return {"state": torch.zeros(SLOTS, 1, 4, 4), **operands(2, 1, 4)}
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     ("change", "exception", "words"),
     [
@@ -284,8 +285,8 @@ def good() -> dict:
         ),
     ],
 )  # fmt: skip
-def test_arguments_that_do_not_fit_raise(change, exception, words):
-    call = good() | {"backend": "cpu"} | change
+def test_arguments_that_do_not_fit_raise(change, exception, words, backend):
+    call = good() | {"backend": backend} | change
     before = call["state"].clone()
     with pytest.raises(exception) as raised:
         delta_step(**call)

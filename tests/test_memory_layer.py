@@ -235,6 +235,7 @@ def test_the_decoding_operator_passes_opcheck(form, out, split):
     torch.library.opcheck(torch.ops.deltamem_kernels.memory_decode, arguments)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     ("change", "exception", "words"),
     [
@@ -280,9 +281,9 @@ def test_the_decoding_operator_passes_opcheck(form, out, split):
         ({"state": torch.zeros(1, 1, 8, 8).expand(N, -1, -1, -1)}, ValueError, ["state must be a tensor without"]),
     ],
 )  # fmt: skip
-def test_decoding_raises_for_arguments_that_do_not_fit(change, exception, words):
+def test_decoding_raises_for_arguments_that_do_not_fit(change, exception, words, backend):
     call = {"state": torch.randn(SLOTS, 1, 8, 8), "x": torch.randn(N, D), **parameters(1, 8, True)}
-    call |= correction(1, 8, "heads") | {"backend": "cpu"} | change
+    call |= correction(1, 8, "heads") | {"backend": backend} | change
     before = call["state"].clone() if call["state"].device.type == "cpu" else None
     with pytest.raises(exception) as raised:
         memory_decode(**call)

@@ -9,6 +9,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -22,11 +23,14 @@ namespace {
 // Whether a set has no keys but those of another, backends included.
 bool is_subset(c10::DispatchKeySet keys, c10::DispatchKeySet of) { return (keys.raw_repr() & ~of.raw_repr()) == 0; }
 
-// Whether nothing in this thread traces, fakes, maps or records operators.
+// Whether forward-mode differentiation is active, in any thread: then Python looks for tangents, and raises.
+bool has_dual_level() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
+
+// Whether nothing in this thread traces, fakes, maps, records or differentiates operators in forward mode.
 bool dispatch_is_plain() {
   static const c10::DispatchKeySet plain({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
   return is_subset(c10::impl::tls_local_dispatch_key_set().included_, plain) &&
-         !at::impl::torch_function_mode_enabled() && !at::hasCallbacks();
+         !at::impl::torch_function_mode_enabled() && !at::hasCallbacks() && !has_dual_level();
 }
 
 // Whether `cpu` is the backend of CPU tensors: by name, by the environment, or because it comes first.

@@ -21,10 +21,10 @@ std::vector<int64_t> checked_slots(const StepOperands& s, int64_t N, int64_t T) 
   const bool per_token = s.state_indices && s.state_indices->dim() == 2;
   const Indices given = indices(s.state_indices), accepted_tokens = indices(s.num_accepted_tokens);
   const int64_t pool = s.state->size(0);
-  for (int64_t n = 0; n < N; ++n) {
+  for (int64_t n = 0; T && n < N; ++n) {
     if (!per_token) {
-      from[n] = given.data ? checked_slot(given.at(n), s.pad_slot_id, pool) : n;
-      if (s.update_state && T) to[n * T + T - 1] = from[n];
+      from[n] = checked_slot(given.data ? given.at(n) : n, s.pad_slot_id, pool);
+      if (s.update_state) to[n * T + T - 1] = from[n];
       continue;
     }
     if (given.at(n) == s.pad_slot_id) continue;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from ..backends import choose
@@ -12,6 +11,7 @@ from ..backends.eager import eager
 from ..operands import CorrectionOperands
 from ..operands.checks import check_backend, requires_grad
 from ..operands.correction import split_scale
+from .differentiation import first_order, refuse_tangents
 from .operators import arguments, check_fake, define, empty_like_needed, mark_written, present, where_needed
 
 
@@ -52,6 +52,7 @@ def attention_correction(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has run.
         RuntimeError: out is a leaf that requires grad, or a view of one, and gradients are recorded.
+        NotImplementedError: an operand carries a tangent of forward-mode differentiation.
         BackendUnavailableError: the backend requested by name cannot run here.
     """
     gain, factor = split_scale(scale)
@@ -62,6 +63,7 @@ def attention_correction(
     if result is None:
         operands.check(out)
         check_backend(backend)
+        refuse_tangents("attention_correction", (*operands, out))
     return run_correction(operands, out, backend)
 
 
@@ -143,8 +145,8 @@ class _Correct(torch.autograd.Function):
         return first if written else torch.ops.deltamem_kernels.correct(first, *operands, backend)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
+    @first_order("attention_correction")
+    def backward(ctx, saved, d_out):
         needs_first, needs_base, *needs_rest = ctx.needs_input_grad[:6]
         if d_out is None:
             return (None,) * 13
@@ -154,7 +156,7 @@ class _Correct(torch.autograd.Function):
             d_base, needs[0] = d_out, False
         grads = []
         if any(needs):
-            grads = torch.ops.deltamem_kernels.correct_backward(d_out, *ctx.saved_tensors, *ctx.options, needs)
+            grads = torch.ops.deltamem_kernels.correct_backward(d_out, *saved, *ctx.options, needs)
         computed, *rest = where_needed(grads, needs)
         d_base = computed if d_base is None else d_base
         return *((None, d_base) if needs_base else (d_base, None)), *rest, *(None,) * 7

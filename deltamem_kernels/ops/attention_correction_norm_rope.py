@@ -10,6 +10,7 @@ from ..operands import CorrectionOperands
 from ..operands.checks import check_backend
 from ..operands.correction import split_scale
 from .attention_correction import run_correction
+from .differentiation import refuse_tangents
 
 
 def attention_correction_norm_rope(
@@ -57,6 +58,7 @@ def attention_correction_norm_rope(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has run.
         RuntimeError: out is a leaf that requires grad, or a view of one, and gradients are recorded.
+        NotImplementedError: an operand carries a tangent of forward-mode differentiation.
         BackendUnavailableError: the backend requested by name cannot run here.
     """
     gain, factor = split_scale(scale)
@@ -69,4 +71,5 @@ def attention_correction_norm_rope(
     if result is None:
         operands.check(out, heads=True)
         check_backend(backend)
+        refuse_tangents("attention_correction_norm_rope", (*operands, out))
     return run_correction(operands, out, backend)

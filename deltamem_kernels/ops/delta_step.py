@@ -10,6 +10,7 @@ from ..backends import choose
 from ..backends.eager import eager
 from ..operands import StepOperands
 from ..operands.checks import check_backend, check_float
+from .differentiation import refuse_tangents
 from .operators import arguments, define, mark_written
 
 
@@ -59,8 +60,10 @@ def delta_step(
         The reads, of q's shape; `out` if it was given.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has run. On `cpu` and `reference` this includes a slot
-            outside of the pool, which the other backends do not check.
+        TypeError, ValueError: an argument does not fit; nothing has run. On a CPU this includes a slot outside of the
+            pool and a number of accepted tokens that is not from 1 to T. The kernels of `triton` and `cuda` do not
+            raise for them: such a row is padding, and the state of a token with such a slot is not stored.
+        NotImplementedError: an operand carries a tangent of forward-mode differentiation.
         BackendUnavailableError: the backend requested by name cannot run here.
     """
     if out is None:
@@ -74,6 +77,7 @@ def delta_step(
     if done is None:
         operands.check()
         check_backend(backend)
+        refuse_tangents("delta_step", operands, "it has no gradient; use delta_update for training")
     if not done:
         torch.ops.deltamem_kernels.delta_step(*operands, backend or "")
     return out

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from ..backends import choose
 from ..backends.eager import eager
 from ..operands import ScanCotangents, ScanOperands
 from ..operands.checks import check_backend, requires_grad
+from .differentiation import first_order, refuse_tangents
 from .operators import arguments, check_fake, define, empty_like_needed, present, where_needed
 
 
@@ -64,14 +64,16 @@ def delta_update(
         DeltaUpdateOutput: the reads and the final state. The arithmetic is float32, or float64 if an operand is
         float64.
 
-    First-order gradients for any subset of the floating-point operands, through both results. Backward keeps the
-    operands and one state for every 64 tokens. Results are bitwise deterministic and batch-invariant.
+    First-order gradients for any subset of the floating-point operands, through both results. A gradient computed with
+    `create_graph=True` raises NotImplementedError when it is differentiated. Backward keeps the operands and one state
+    for every 64 tokens. Results are bitwise deterministic and batch-invariant.
 
     Note: on the `cpu` and `cuda` backends, leading padding can change the last bits of a result; on `cuda`, trailing
     padding can too. On a GPU, long sequences of ranks up to 16 run in parallel chunks, others serially.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has run.
+        NotImplementedError: an operand carries a tangent of forward-mode differentiation.
         BackendUnavailableError: the backend requested by name cannot run here.
     """
     operands = ScanOperands(q, k, v, beta, decay, None, initial_state, mask, cu_seqlens, mode)
@@ -81,6 +83,7 @@ def delta_update(
     if result is None:
         operands.check()
         check_backend(backend)
+        refuse_tangents("delta_update", operands)
     if q.ndim == 4:
         return run_scan(operands, backend)
     reads, final_state = run_scan(operands.with_heads(), backend)
@@ -153,9 +156,9 @@ class _Scan(torch.autograd.Function):
         return reads, final_state
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, d_reads, d_final_state):
-        *tensors, checkpoints = ctx.saved_tensors
+    @first_order("delta_update")
+    def backward(ctx, saved, d_reads, d_final_state):
+        *tensors, checkpoints = saved
         needs = list(ctx.needs_input_grad[:7])
         grads = torch.ops.deltamem_kernels.delta_update_backward(
             d_reads, d_final_state, *tensors, ctx.mode, checkpoints, ctx.backend, needs

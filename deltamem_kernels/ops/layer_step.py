@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from ..backends.eager import eager
 from ..operands import LayerStepOperands
+from ..operands.checks import check_backend
 from .attention_correction import attention_correction
 from .memory_decode import memory_decode
 
@@ -41,6 +42,9 @@ def layer_step(operands: LayerStepOperands, *, backend: str | None = None) -> La
         BackendUnavailableError: the backend requested by name cannot run here.
     """
     results = None if is_compiling() else eager.layer_step(operands, backend)
+    if results is None:
+        operands.check()
+        check_backend(backend)
     return LayerStep(*results) if results else _composed(operands, backend)
 
 

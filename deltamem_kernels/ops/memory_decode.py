@@ -14,6 +14,7 @@ from ..operands import DecodeOperands, QkvWeight
 from ..operands.checks import check_backend, fail
 from ..operands.correction import split_scale
 from ..operands.projection import qkv_parts
+from .differentiation import refuse_tangents
 from .operators import arguments, check_fake, define, mark_written
 
 
@@ -81,8 +82,9 @@ def memory_decode(
         Where PyTorch's matrix product runs, the last bit may depend on their number.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has run. On the CPU this includes a slot outside of the
-            pool, which is not checked on a GPU.
+        TypeError, ValueError: an argument does not fit; nothing has run. On a CPU this includes a slot outside of the
+            pool. The kernels of `triton` and `cuda` do not raise for it: such a row is padding.
+        NotImplementedError: an operand carries a tangent of forward-mode differentiation.
         BackendUnavailableError: the backend requested by name cannot run here.
     """
     if base is None and out is not None:
@@ -100,6 +102,7 @@ def memory_decode(
     if results is None:
         operands.check(heads=head_dim is not None)
         check_backend(backend)
+        refuse_tangents("memory_decode", operands, "it has no gradient; use memory_prefill for training")
     if not results:
         results = torch.ops.deltamem_kernels.memory_decode(*operands, backend or "")
     reads, corrected = results

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from ..backends import choose
@@ -14,6 +13,7 @@ from ..operands.checks import check_backend, requires_grad
 from ..operands.projection import qkv_parts
 from .delta_update import DeltaUpdateOutput
 from .delta_update import forward_fake as scan_fake
+from .differentiation import first_order, refuse_tangents
 from .memory_projection import forward_fake as projection_fake
 from .memory_projection import weights_need_gradients
 from .operators import arguments, define, where_needed
@@ -65,6 +65,7 @@ def memory_prefill(
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has run.
+        NotImplementedError: an operand carries a tangent of forward-mode differentiation.
         BackendUnavailableError: the backend requested by name cannot run here.
     """
     operands = PrefillOperands(
@@ -77,9 +78,10 @@ def memory_prefill(
     if result is None:
         operands.check()
         check_backend(backend)
+        refuse_tangents("memory_prefill", operands)
     _, weights, *rest = operands
     if requires_grad((*operands, *weights)):
-        return DeltaUpdateOutput(*_Prefill.apply(x, *rest, backend or "", *weights))
+        return DeltaUpdateOutput(*_Prefill.apply(x, *rest, backend or "", *weights)[:2])
     results = torch.ops.deltamem_kernels.memory_prefill(*operands, backend or "", False)
     return DeltaUpdateOutput(*results[6:8])
 
@@ -109,7 +111,10 @@ define(
 
 
 class _Prefill(torch.autograd.Function):
-    """The one tensor or the three of qkv_weight come last, since autograd does not follow tensors in a list."""
+    """The one tensor or the three of qkv_weight come last, since autograd does not follow tensors in a list.
+
+    The third result is empty. It connects the saved tensors with x, which is not always saved.
+    """
 
     @staticmethod
     def forward(ctx, x, *fields):
@@ -119,16 +124,17 @@ class _Prefill(torch.autograd.Function):
         )
         needs_x = weights_need_gradients(ctx.needs_input_grad[1:5], ctx.needs_input_grad[12:])
         saved = x if needs_x else None
-        ctx.save_for_backward(saved, *gates, *states, *projected, checkpoints, *qkv_weight)
+        connection = x.new_empty((0,))
+        ctx.save_for_backward(connection, saved, *gates, *states, *projected, checkpoints, *qkv_weight)
         _, _, mode, backend = options
         ctx.options = x.dtype, mode, backend
         ctx.set_materialize_grads(False)
-        return reads, final_state
+        return reads, final_state, connection
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, d_reads, d_final_state):
-        x, *saved = ctx.saved_tensors
+    @first_order("memory_prefill")
+    def backward(ctx, saved, d_reads, d_final_state, _):
+        _, x, *saved = saved
         gates, states, projected, checkpoints, qkv_weight = saved[:4], saved[4:7], saved[7:13], saved[13], saved[14:]
         x_dtype, mode, backend = ctx.options
         q, k, v, beta, decay, norms = projected

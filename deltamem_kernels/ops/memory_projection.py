@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from ..backends import choose
@@ -14,6 +13,7 @@ from ..backends.eager import eager
 from ..operands import ProjectionAdjoint, ProjectionOperands, QkvWeight
 from ..operands.checks import check_backend, requires_grad
 from ..operands.projection import qkv_parts
+from .differentiation import first_order, refuse_tangents
 from .operators import arguments, check_fake, define, empty_like_needed, present, where_needed
 
 
@@ -70,6 +70,7 @@ def memory_projection(
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has run.
+        NotImplementedError: an operand carries a tangent of forward-mode differentiation.
         BackendUnavailableError: the backend requested by name cannot run here.
     """
     operands = ProjectionOperands(
@@ -79,6 +80,7 @@ def memory_projection(
     if results is None:
         operands.check()
         check_backend(backend)
+        refuse_tangents("memory_projection", operands)
     if not results:
         results = _run(operands, backend or "")
     q, k, v, beta, decay = results
@@ -152,10 +154,9 @@ class _Projection(torch.autograd.Function):
         return q, k, v, beta, decay
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, d_q, d_k, d_v, d_beta, d_decay):
-        x, *saved = ctx.saved_tensors
-        gates, results, qkv_weight = saved[:4], saved[4:9], saved[9:]
+    @first_order("memory_projection")
+    def backward(ctx, saved, d_q, d_k, d_v, d_beta, d_decay):
+        x, gates, results, qkv_weight = saved[0], saved[1:5], saved[5:10], saved[10:]
         needs = [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[8:]]
         grads = torch.ops.deltamem_kernels.memory_projection_backward(
             d_q, d_k, d_v, d_beta, d_decay, x, qkv_weight, *gates, *results, ctx.x_dtype, ctx.backend, needs

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import choose
 from ..operands import SegmentOperands
 from ..operands.checks import check_backend, requires_grad
+from .differentiation import first_order, refuse_tangents
 from .operators import arguments, check_fake, define
 
 
@@ -53,11 +53,13 @@ def segment_mean(
 
     Raises:
         TypeError, ValueError: an argument does not fit.
+        NotImplementedError: an operand carries a tangent of forward-mode differentiation.
         BackendUnavailableError: the backend requested by name cannot run here.
     """
     operands = SegmentOperands(x, segment_ids, num_segments, mask)
     operands.check()
     check_backend(backend)
+    refuse_tangents("segment_mean", operands)
     run = _SegmentMean.apply if requires_grad(operands) else torch.ops.deltamem_kernels.segment_mean
     means, counts = run(*operands, backend or "")
     return SegmentMean(means, counts > 0)
@@ -107,8 +109,8 @@ class _SegmentMean(torch.autograd.Function):
         return means, counts
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, d_means, _):
-        segment_ids, counts, mask = ctx.saved_tensors
+    @first_order("segment_mean")
+    def backward(ctx, saved, d_means, _):
+        segment_ids, counts, mask = saved
         d_x = torch.ops.deltamem_kernels.segment_mean_backward(d_means, segment_ids, counts, mask, ctx.backend)
         return d_x, *(None,) * 4

@@ -186,30 +186,56 @@ def step(operands: StepOperands) -> None:
     """See `Backend.step`. Rows run one after another."""
     if operands.q.ndim == 3:
         operands = _with_tokens(operands)
-    state, q, out, intermediate_states = operands.state, operands.q, operands.out, operands.intermediate_states
-    state_indices, pad_slot_id, update_state = operands.state_indices, operands.pad_slot_id, operands.update_state
-    N, T = q.shape[:2]
+    state, out, intermediate_states = operands.state, operands.out, operands.intermediate_states
     dtype = operands.dtype
     qs, ks, vs, keep, erase, write = _token_operands(operands, dtype)
-    accepted = [1] * N if operands.num_accepted_tokens is None else operands.num_accepted_tokens.tolist()
-    slots = torch.arange(N).tolist() if state_indices is None else state_indices.tolist()
-    for n, slot in enumerate(slots):
-        per_token = slot if isinstance(slot, list) else None
-        first = slot if per_token is None else per_token[0]
-        start = pad_slot_id if first == pad_slot_id else (first if per_token is None else per_token[accepted[n] - 1])
-        if start == pad_slot_id:
+    for n, (start, after) in enumerate(_slots(operands)):
+        if start is None:
             out[n] = 0
             continue
         S = state[start].to(dtype)
-        for t in range(T):
+        for t, slot in enumerate(after):
             out[n, t] = (S @ qs[n, t].unsqueeze(-1)).squeeze(-1).to(out.dtype)
             S = _write(S, ks[n, t], vs[n, t], keep[n, t], erase[n, t], write[n, t])
             if intermediate_states is not None:
                 intermediate_states[n, t] = S
-            if update_state and per_token is not None and per_token[t] != pad_slot_id:
-                state[per_token[t]] = S
-        if update_state and per_token is None:
-            state[start] = S
+            if slot is not None:
+                state[slot] = S
+
+
+def _slots(operands: StepOperands) -> list[tuple[int | None, list[int | None]]]:
+    """Return for each row the slot it starts from, None for padding, and the slot that gets the state after each token,
+    None for no slot.
+
+    Raises:
+        ValueError: on a CPU, a slot is outside of the pool, or a number of accepted tokens is not from 1 to T. On a GPU
+            such a row is padding, and such a slot gets no state, as in the other backends' kernels.
+    """
+    (N, T), indices, accepted = operands.q.shape[:2], operands.state_indices, operands.num_accepted_tokens
+    pad, pool, raises = operands.pad_slot_id, operands.state.shape[0], operands.state.device.type == "cpu"
+
+    def in_pool(slot: int) -> int | None:
+        if slot != pad and 0 <= slot < pool:
+            return slot
+        if slot != pad and raises:
+            raise ValueError(f"state_indices must be from 0 to {pool - 1} or pad_slot_id, got {slot}")
+        return None
+
+    def row(slots: list[int], accepted: int) -> tuple[int | None, list[int | None]]:
+        if not T or slots[0] == pad:
+            return None, []
+        if raises and not 1 <= accepted <= T:
+            raise ValueError(f"num_accepted_tokens must be from 1 to T={T}, got {accepted}")
+        if not raises and (not 1 <= accepted <= T or in_pool(slots[0]) is None):
+            return None, []
+        start = in_pool(slots[accepted - 1])
+        return start, [in_pool(slot) if operands.update_state else None for slot in slots]
+
+    if indices is not None and indices.ndim == 2:
+        counts = [1] * N if accepted is None else accepted.tolist()
+        return [row(*each) for each in zip(indices.tolist(), counts, strict=True)]
+    starts = [in_pool(slot) for slot in (range(N) if indices is None else indices.tolist())]
+    return [(start, [*[None] * (T - 1), start if operands.update_state else None][:T]) for start in starts]
 
 
 def _with_tokens(operands: StepOperands) -> StepOperands:
