@@ -73,6 +73,7 @@ def layer_step() -> tuple:
     )  # fmt: skip
 
 
+FUNCTIONS = (scan, step, correct, project, prefill, decode, layer_step)
 CALLS: dict[str, Callable[[], tuple]] = {
     f.__name__: f for f in (scan, step, correct, project, prefill, decode, layer_step)
 }

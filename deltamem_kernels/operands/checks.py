@@ -144,7 +144,7 @@ def check_cu_seqlens(cu_seqlens: object, batch: int, like: tuple[str, Tensor]) -
     check_device("cu_seqlens", cu_seqlens, other.device, of)
 
 
-def check_mask(mask: object, tokens: tuple[int, int], like: tuple[str, Tensor]) -> None:
+def check_mask(mask: object, tokens: Shape, like: tuple[str, Tensor]) -> None:
     """Check that mask is a dense bool tensor `[B, T]` on the device of the operand `like`."""
     of, other = like
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
