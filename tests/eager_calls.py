@@ -65,12 +65,10 @@ def layer_step() -> tuple:
     _, qkv, *gates, heads, normalize = projection
     state, mask = torch.randn(N, H, R, R), torch.tensor([True, False, True])
     weights, gains = [torch.randn(WIDTH, H * R), torch.randn(6, H * R)], [torch.tensor(0.5), torch.tensor(2.0)]
-    return (
-        operands.LayerStepOperands(
-            torch.randn(N, D), state, qkv, *gates, mask, weights, gains, torch.rand(6), heads, normalize, "standard",
-            1.0, 1e-6,
-        ),
-    )  # fmt: skip
+    of_layer = operands.LayerStepWeights(
+        qkv, *gates, weights, gains, torch.rand(6), heads, normalize, "standard", 1.0, 1e-6
+    )
+    return (operands.LayerStepOperands(torch.randn(N, D), state, mask, of_layer),)
 
 
 FUNCTIONS = (scan, step, correct, project, prefill, decode, layer_step)

@@ -17,6 +17,7 @@ from deltamem_kernels import attention_correction, delta_step, delta_update, mem
 from deltamem_kernels.backends import choose, select
 from deltamem_kernels.backends.eager import FUNCTIONS, eager
 from deltamem_kernels.backends.native import library
+from deltamem_kernels.ops.layer_step import layer_step
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,7 @@ def test_calls_that_want_a_gradient_are_left_to_the_operator(name):
     for field, x in record._asdict().items():
         if isinstance(x, Tensor) and x.is_floating_point():
             wanted = (record._replace(**{field: x.clone().requires_grad_()}), *rest)
-            no_gradient = name in ("step", "decode") or field in ("cos", "sin")
+            no_gradient = name in ("step", "decode", "layer_step") or field in ("cos", "sin")
             assert answer(name, wanted) is (None if no_gradient else False), field
             with torch.no_grad():
                 assert takes(name, wanted), field
@@ -143,6 +144,12 @@ def mutations(x: object, others: list[Tensor], rng: random.Random) -> Iterator[o
         for memory in others:  # of the same shape, in the memory of another operand
             if memory.numel() >= x.numel():
                 yield memory.view(-1)[: x.numel()].view(x.shape)
+    elif isinstance(x, operands.LayerStepWeights):
+        for name in x._fields:
+            yield from (x._replace(**{name: value}) for value in mutations(getattr(x, name), others, rng))
+        yield x[:-1]
+    elif isinstance(x, (tuple, list)) and len(x) == 2:
+        yield from (x[:1], [*x, other], [x[0], other], [x[0], x[1].bool()], [], [x[1], x[0]], None)
     elif isinstance(x, (tuple, list)):
         yield x[:1]
         yield x[:2]
@@ -272,6 +279,11 @@ def public_decode() -> list[Tensor]:
     )  # fmt: skip
     assert result.corrected is d.out
     return [*result, d.state]
+
+
+def public_layer_step() -> list[Tensor]:
+    reads, state, corrections = layer_step(*CALLS["layer_step"]())
+    return [reads, state, *corrections]
 
 
 PUBLIC = {name: globals()[f"public_{name}"] for name in CALLS}

@@ -9,7 +9,7 @@ from problems import MODES
 from torch import Tensor
 
 from deltamem_kernels import attention_correction, delta_step, memory_decode, memory_projection
-from deltamem_kernels.operands import LayerStepOperands
+from deltamem_kernels.operands import LayerStepOperands, LayerStepWeights
 from deltamem_kernels.ops.layer_step import layer_step
 from deltamem_kernels.testing import FLOAT32_TOLERANCE, between_nans, relative_error
 
@@ -19,14 +19,11 @@ B, OUT = 5, (12, 70, 31)
 
 def problem(H: int, R: int, mode: str, *, gains=False, norm=False, mask=True, state=True, token=True, split=True):
     """Return random operands."""
-    weights = parameters(H, R, mode != "no_lambda" and R != 4, R == 5, split=split)
+    made = parameters(H, R, mode != "no_lambda" and R != 4, R == 5, split=split)
     shape = (B, 1, D) if token else (B, D)
-    return LayerStepOperands(
-        torch.randn(shape),
-        torch.randn(B, H, R, R) if state else None,
-        weights["qkv_weight"] if split else [weights["qkv_weight"]],
-        *(weights.get(name) for name in ("beta_weight", "beta_bias", "decay_weight", "decay_bias")),
-        torch.tensor([True, False, True, True, False]).view(shape[:-1]) if mask else None,
+    weights = LayerStepWeights(
+        made["qkv_weight"] if split else [made["qkv_weight"]],
+        *(made.get(name) for name in ("beta_weight", "beta_bias", "decay_weight", "decay_bias")),
         [torch.randn(out, H * R) for out in OUT],
         [torch.rand(()) + 0.5 for _ in OUT] if gains else [],
         torch.randn(OUT[-1]) if norm else None,
@@ -36,10 +33,14 @@ def problem(H: int, R: int, mode: str, *, gains=False, norm=False, mask=True, st
         1.0 if gains else 2.0,
         1e-6,
     )
+    given = torch.tensor([True, False, True, True, False]).view(shape[:-1]) if mask else None
+    return LayerStepOperands(torch.randn(shape), torch.randn(B, H, R, R) if state else None, given, weights)
 
 
 def moved(o: LayerStepOperands, change) -> LayerStepOperands:
     def apply(x):
+        if isinstance(x, LayerStepWeights):
+            return LayerStepWeights(*map(apply, x))
         if isinstance(x, (list, tuple)):
             return [apply(y) for y in x]
         return change(x) if isinstance(x, Tensor) else x
@@ -50,17 +51,17 @@ def moved(o: LayerStepOperands, change) -> LayerStepOperands:
 def exact(o: LayerStepOperands) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return reads, states and corrections from the single operations in float64."""
     o = moved(o, lambda x: x.detach().cpu().double() if x.is_floating_point() else x.cpu())
-    qkv = tuple(o.qkv_weight) if len(o.qkv_weight) == 3 else o.qkv_weight[0]
-    x = o.x.view(B, D)
-    p = memory_projection(x, qkv, *o[3:7], heads=o.heads, backend="reference")
+    w = o.weights
+    qkv = tuple(w.qkv_weight) if len(w.qkv_weight) == 3 else w.qkv_weight[0]
+    p = memory_projection(o.x.view(B, D), qkv, *w[1:5], heads=w.heads, backend="reference")
     rank = p.q.shape[-1]
-    state = torch.zeros(B, o.heads, rank, rank, dtype=torch.float64) if o.state is None else o.state.clone()
+    state = torch.zeros(B, w.heads, rank, rank, dtype=torch.float64) if o.state is None else o.state.clone()
     slots = torch.arange(B) if o.mask is None else torch.where(o.mask.view(B), torch.arange(B), -1)
-    reads = delta_step(state, *p, mode=o.mode, state_indices=slots, backend="reference")
+    reads = delta_step(state, *p, mode=w.mode, state_indices=slots, backend="reference")
     corrections = []
-    for index, weight in enumerate(o.delta_weights):
-        scale = o.gains[index] if o.gains else o.scale
-        norm = o.norm_weight if weight is o.delta_weights[-1] else None
+    for index, weight in enumerate(w.delta_weights):
+        scale = w.gains[index] if w.gains else w.scale
+        norm = w.norm_weight if weight is w.delta_weights[-1] else None
         base = torch.zeros(B, weight.shape[0], dtype=torch.float64)
         corrections.append(attention_correction(base, reads, weight, scale, norm_weight=norm, backend="reference"))
     return reads, state, corrections
@@ -110,12 +111,13 @@ def test_a_step_has_the_bits_of_the_single_operations_and_of_its_row_alone():
         o = problem(1, 8, "lambda_outside", mask=False, **form)
         ours = layer_step(o, backend="cpu")
         state = torch.zeros(B, 1, 8, 8) if o.state is None else o.state.clone()
-        reads, _ = memory_decode(state, o.x, tuple(o.qkv_weight), *o[3:7], mode=o.mode, backend="cpu")
+        w = o.weights
+        reads, _ = memory_decode(state, o.x, tuple(w.qkv_weight), *w[1:5], mode=w.mode, backend="cpu")
         assert torch.equal(ours.reads, reads)
         assert torch.equal(ours.state, state)
-        for index, weight in enumerate(o.delta_weights):
-            norm = o.norm_weight if index == 2 else None
-            base, scale = torch.randn(B, 1, weight.shape[0]), o.gains[index] if o.gains else o.scale
+        for index, weight in enumerate(w.delta_weights):
+            norm = w.norm_weight if index == 2 else None
+            base, scale = torch.randn(B, 1, weight.shape[0]), w.gains[index] if w.gains else w.scale
             corrected = attention_correction(base, reads, weight, scale, norm_weight=norm, backend="cpu")
             assert torch.equal(base + ours.corrections[index], corrected)
         for row in range(B):
@@ -128,12 +130,16 @@ def test_a_step_has_the_bits_of_the_single_operations_and_of_its_row_alone():
 
 def test_no_sequences_and_no_corrections_are_fine(implementation):
     o = problem(1, 8, "standard", mask=False)
-    none = o._replace(delta_weights=[], norm_weight=None)
+    none = o._replace(weights=o.weights._replace(delta_weights=[], norm_weight=None))
     assert layer_step(moved(none, lambda x: x.to(implementation.device)), backend=implementation.backend)[2] == ()
     empty = moved(o._replace(x=o.x[:0], state=o.state[:0]), lambda x: x.to(implementation.device))
     ours = layer_step(empty, backend=implementation.backend)
     assert ours.state.shape == (0, 1, 8, 8)
     assert [x.shape[0] for x in ours.corrections] == [0, 0, 0]
+
+
+def of(o: LayerStepOperands, **changes) -> dict:
+    return {"weights": o.weights._replace(**changes)}
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -144,12 +150,12 @@ def test_no_sequences_and_no_corrections_are_fine(implementation):
         (lambda o: {"state": o.state[:2]}, r"state must be \[B, H, R, R\]"),
         (lambda o: {"mask": o.mask.float()}, "mask must be a bool tensor"),
         (lambda o: {"mask": o.mask[:2]}, "mask must be"),
-        (lambda o: {"delta_weights": [o.delta_weights[0][:, :3]]}, r"delta_weight must be \[out, H·R\] with H·R = 8"),
-        (lambda o: {"gains": o.gains[:1]}, "gains must be empty or 3 tensors, got 1"),
-        (lambda o: {"norm_weight": torch.randn(3)}, r"norm_weight must be \[out\]"),
-        (lambda o: {"delta_weights": [], "gains": [], "norm_weight": torch.randn(3)}, "None without corrections"),
-        (lambda o: {"norm_eps": -1.0}, "norm_eps must be at least 0"),
-        (lambda o: {"mode": "fast"}, "mode must be"),
+        (lambda o: of(o, delta_weights=[torch.randn(9, 3)]), r"delta_weight must be \[out, H·R\] with H·R = 8"),
+        (lambda o: of(o, gains=o.weights.gains[:1]), "gains must be empty or 3 tensors, got 1"),
+        (lambda o: of(o, norm_weight=torch.randn(3)), r"norm_weight must be \[out\]"),
+        (lambda o: of(o, delta_weights=[], gains=[]), "None without corrections"),
+        (lambda o: of(o, norm_eps=-1.0), "norm_eps must be at least 0"),
+        (lambda o: of(o, mode="fast"), "mode must be"),
         (lambda o: {"x": o.x.requires_grad_()}, "layer_step has no gradient"),
     ],
 )

@@ -184,22 +184,23 @@ bool fits(const DecodeOperands& d) {
 }
 
 bool fits(const LayerStepOperands& o) {
-  if (!fits(o.projection()) || !mode_fits(o.mode, o.decay_weight)) return false;
+  const LayerStepWeights& w = o.weights;
+  if (!fits(o.projection()) || !mode_fits(w.mode, w.decay_weight)) return false;
   const Tensor& x = *o.x;
-  const int64_t B = x.size(0), width = memory_width(o.qkv_weight), R = width / o.heads;
+  const int64_t B = x.size(0), width = memory_width(w.qkv_weight), R = width / w.heads;
   if (x.dim() == 3 && x.size(1) != 1) return false;
-  if (o.state && !has_sizes(*o.state, {B, o.heads, R, R})) return false;
+  if (o.state && !has_sizes(*o.state, {B, w.heads, R, R})) return false;
   if (o.mask && !(o.mask->scalar_type() == at::kBool && o.mask->sizes() == x.sizes().slice(0, x.dim() - 1)))
     return false;
-  if (o.gains.count && o.gains.count != o.delta_weights.count) return false;
-  for (int i = 0; i < o.delta_weights.count; ++i) {
-    const Tensor& weight = *o.delta_weights.items[i];
+  if (w.gains.count && w.gains.count != w.delta_weights.count) return false;
+  for (int i = 0; i < w.delta_weights.count; ++i) {
+    const Tensor& weight = *w.delta_weights.items[i];
     if (!is_float(weight) || weight.dim() != 2 || weight.size(1) != width) return false;
-    if (o.gains.count && !has_sizes(*o.gains.items[i], {})) return false;
+    if (w.gains.count && !has_sizes(*w.gains.items[i], {})) return false;
   }
-  if (!o.norm_weight) return o.norm_eps >= 0;
-  if (!o.delta_weights.count || !(o.norm_eps >= 0)) return false;
-  return has_sizes(*o.norm_weight, {o.delta_weights.items[o.delta_weights.count - 1]->size(0)});
+  if (!(w.norm_eps >= 0)) return false;
+  if (!w.norm_weight) return true;
+  return w.delta_weights.count && has_sizes(*w.norm_weight, {w.delta_weights.items[w.delta_weights.count - 1]->size(0)});
 }
 
 }  // namespace

@@ -25,14 +25,15 @@ void prefetch(TensorPtr x) {
 }  // namespace
 
 LayerStepResult layer_step(const LayerStepOperands& o) {
-  for (int i = 0; i < o.qkv_weight.count; ++i) prefetch(o.qkv_weight.parts[i]);
-  prefetch(o.beta_weight), prefetch(o.decay_weight);
-  for (int i = 0; i < o.delta_weights.count; ++i) prefetch(o.delta_weights.items[i]);
+  const LayerStepWeights& w = o.weights;
+  for (int i = 0; i < w.qkv_weight.count; ++i) prefetch(w.qkv_weight.parts[i]);
+  prefetch(w.beta_weight), prefetch(w.decay_weight);
+  for (int i = 0; i < w.delta_weights.count; ++i) prefetch(w.delta_weights.items[i]);
 
   const Tensor& x = *o.x;
   const int64_t B = x.size(0);
   const bool double_state = (o.state ? *o.state : x).scalar_type() == at::kDouble;
-  const TokenArgs token = project_token(o.projection(), o.mode, double_state);
+  const TokenArgs token = project_token(o.projection(), w.mode, double_state);
   const std::array<int64_t, 4> sizes{B, token.step.H, token.step.R, token.step.R};
   Tensor state;
   if (o.state) {
@@ -50,8 +51,8 @@ LayerStepResult layer_step(const LayerStepOperands& o) {
   run_step(token.step, StepArgs{operand(&state), {}, token.reads_rows, rows.data(), rows.data(), 0});
 
   LayerStepResult result{token.reads, state, {}};
-  for (int i = 0; i < o.delta_weights.count; ++i) {
-    const int64_t out = o.delta_weights.items[i]->size(0);
+  for (int i = 0; i < w.delta_weights.count; ++i) {
+    const int64_t out = w.delta_weights.items[i]->size(0);
     Tensor correction = x.dim() == 3 ? at::zeros({B, 1, out}, token.reads.options())
                                      : at::zeros({B, out}, token.reads.options());
     correct(o.correction(i, &correction, &token.reads), correction);

@@ -59,6 +59,7 @@ py::dict record_fields() {
   fields["ProjectionOperands"] = field_names<ProjectionOperands>();
   fields["PrefillOperands"] = field_names<PrefillOperands>();
   fields["DecodeOperands"] = field_names<DecodeOperands>();
+  fields["LayerStepWeights"] = field_names<LayerStepWeights>();
   fields["LayerStepOperands"] = field_names<LayerStepOperands>();
   fields["SegmentOperands"] = field_names<SegmentOperands>();
   return fields;

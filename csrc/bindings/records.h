@@ -144,10 +144,9 @@ struct TensorList {
   int count = 0;
 };
 
-struct LayerStepOperands {
-  TensorPtr x, state;
+struct LayerStepWeights {
   QkvWeight qkv_weight;
-  TensorPtr beta_weight, beta_bias, decay_weight, decay_bias, mask;
+  TensorPtr beta_weight, beta_bias, decay_weight, decay_bias;
   TensorList delta_weights, gains;
   TensorPtr norm_weight;
   int64_t heads;
@@ -156,20 +155,31 @@ struct LayerStepOperands {
   double scale, norm_eps;
   template <class F>
   void fields(F&& f) {
-    f.tensor("x", x), f.optional("state", state), f.qkv("qkv_weight", qkv_weight);
-    f.tensor("beta_weight", beta_weight), f.optional("beta_bias", beta_bias), f.optional("decay_weight", decay_weight);
-    f.optional("decay_bias", decay_bias), f.optional("mask", mask), f.tensors("delta_weights", delta_weights);
-    f.tensors("gains", gains), f.optional("norm_weight", norm_weight), f.integer("heads", heads);
-    f.boolean("normalize", normalize), f.mode("mode", mode), f.number("scale", scale), f.number("norm_eps", norm_eps);
+    f.qkv("qkv_weight", qkv_weight), f.tensor("beta_weight", beta_weight), f.optional("beta_bias", beta_bias);
+    f.optional("decay_weight", decay_weight), f.optional("decay_bias", decay_bias);
+    f.tensors("delta_weights", delta_weights), f.tensors("gains", gains), f.optional("norm_weight", norm_weight);
+    f.integer("heads", heads), f.boolean("normalize", normalize), f.mode("mode", mode), f.number("scale", scale);
+    f.number("norm_eps", norm_eps);
+  }
+};
+
+struct LayerStepOperands {
+  TensorPtr x, state, mask;
+  LayerStepWeights weights;
+  template <class F>
+  void fields(F&& f) {
+    f.tensor("x", x), f.optional("state", state), f.optional("mask", mask), f.record("weights", weights);
   }
   ProjectionOperands projection() const {
-    return {x, qkv_weight, beta_weight, beta_bias, decay_weight, decay_bias, heads, normalize};
+    const LayerStepWeights& w = weights;
+    return {x, w.qkv_weight, w.beta_weight, w.beta_bias, w.decay_weight, w.decay_bias, w.heads, w.normalize};
   }
   // The correction number i of `base`, which is zero and gets the result.
   CorrectionOperands correction(int i, TensorPtr base, TensorPtr reads) const {
-    const bool last = i == delta_weights.count - 1;
-    return {base, reads, delta_weights.items[i], gains.items[i], last ? norm_weight : nullptr, nullptr, nullptr, scale,
-            norm_eps, 0};
+    const LayerStepWeights& w = weights;
+    const bool last = i == w.delta_weights.count - 1;
+    return {base, reads, w.delta_weights.items[i], w.gains.items[i], last ? w.norm_weight : nullptr, nullptr, nullptr,
+            w.scale, w.norm_eps, 0};
   }
 };
 
@@ -215,6 +225,14 @@ class RecordReader {
     if (count > Py_ssize_t(std::size(x.items))) return fail();
     x.count = int(count);
     for (int i = 0; i < x.count; ++i) read_tensor(PySequence_Fast_GET_ITEM(item, i), x.items[i]);
+  }
+  template <class Record>
+  void record(const char*, Record& x) {
+    PyObject* const item = take();
+    if (!item || !PyTuple_Check(item)) return fail();
+    RecordReader inner(item);
+    x.fields(inner);
+    if (!inner.complete()) fail();
   }
   void mode(const char*, Mode& x) {
     PyObject* const item = take();
@@ -287,6 +305,7 @@ struct FieldNames {
   template <class X> void optional(const char* name, X& x) { add(name, x); }
   template <class X> void qkv(const char* name, X& x) { add(name, x); }
   template <class X> void tensors(const char* name, X& x) { add(name, x); }
+  template <class X> void record(const char* name, X& x) { add(name, x); }
   template <class X> void mode(const char* name, X& x) { add(name, x); }
   template <class X> void integer(const char* name, X& x) { add(name, x); }
   template <class X> void boolean(const char* name, X& x) { add(name, x); }

@@ -128,21 +128,10 @@ class DeltaMemory(MemoryWeights):
 
     def _decode(self, x: Tensor, state: Tensor | None, mask: Tensor | None, write: bool) -> MemoryOutput:
         """Read, write and correct for one token in one call."""
-        config, heads = self.config, self.corrected_heads
-        gains, norm_weight, scale = [], None, config.alpha / config.rank
-        if config.trainable_delta_scale:
-            gains, scale = [self.gain(head) for head in heads], 1.0
-        if config.delta_o_rmsnorm and "o" in heads:  # o's correction is the last
-            norm_weight = self.weight("delta_o_rmsnorm_weight")
-        operands = LayerStepOperands(
-            x, state, *self.projection_weights(), mask, [self.weight(f"delta_{head}_proj") for head in heads], gains,
-            norm_weight, config.num_state_heads, config.normalize_qk, config.state_update_mode, scale,
-            config.delta_o_rmsnorm_eps,
-        )  # fmt: skip
-        reads, after, corrections = layer_step(operands)
+        reads, after, corrections = layer_step(LayerStepOperands(x, state, mask, self.step_weights()))
         if not write:
             after = self.zeros(x) if state is None else state
-        return MemoryOutput(reads, after, None, dict(zip(heads, corrections, strict=True)), None)
+        return MemoryOutput(reads, after, None, dict(zip(self.corrected_heads, corrections, strict=True)), None)
 
     @property
     def is_wrapped(self) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..operands import LayerStepWeights
 from ..operands.checks import FLOATS, fail
 from .config import HEADS, DeltaMemConfig
 
@@ -23,6 +25,15 @@ class Correction(NamedTuple):
     scale: float | Tensor
     norm_weight: Tensor | None
     norm_eps: float
+
+
+class Collected(NamedTuple):
+    """The weights for `layer_step`, and what they were collected from."""
+
+    config: DeltaMemConfig
+    parameters: tuple[Tensor | None, ...]
+    """Empty if some weights are not parameters."""
+    weights: LayerStepWeights
 
 
 class MemoryWeights(nn.Module):
@@ -53,8 +64,8 @@ class MemoryWeights(nn.Module):
         if dtype not in FLOATS:
             fail(TypeError, "dtype", "float16, bfloat16, float32 or float64", dtype)
         self.config = config
-        self.corrected_heads = [head for head in HEADS if head in config.delta_heads]
         self.hidden_size = hidden_size
+        self._collected: Collected | None = None
         width = config.num_state_heads * config.rank
         gates = width if config.rankwise_gates else config.num_state_heads
 
@@ -75,7 +86,13 @@ class MemoryWeights(nn.Module):
         self.delta_o_rmsnorm_weight = None
         if config.delta_o_rmsnorm:
             self.delta_o_rmsnorm_weight = parameter(out_features["o"], trained="o" in config.delta_heads)
+        self._registered = len(self._parameters)
         self.reset_parameters(base_weights)
+
+    @property
+    def corrected_heads(self) -> list[str]:
+        """The corrected heads, in the order of q, k, v and o."""
+        return [head for head in HEADS if head in self.config.delta_heads]
 
     @torch.no_grad()
     def reset_parameters(self, base_weights: dict[str, Any] | None = None) -> None:
@@ -138,6 +155,32 @@ class MemoryWeights(nn.Module):
         if config.couple_lambda or config.state_update_mode == "no_lambda":  # where λ = 1 with weights or without
             return qkv, beta, beta_bias, None, None
         return qkv, beta, beta_bias, weight("lambda_proj"), weight("lambda_bias")
+
+    def step_weights(self) -> LayerStepWeights:
+        """The weights as `layer_step` takes them. They are collected again if a parameter or the configuration was
+        replaced, or if some are not parameters but computed, as under a parametrization."""
+        kept, parameters = self._collected, self._parameters
+        if (
+            kept is None
+            or kept.config is not self.config
+            or len(kept.parameters) != len(parameters)
+            or not all(map(is_, kept.parameters, parameters.values()))
+        ):
+            kept = self._collected = self._collect()
+        if self.config.trainable_delta_scale:
+            return kept.weights._replace(gains=[self.gain(head) for head in self.corrected_heads], scale=1.0)
+        return kept.weights
+
+    def _collect(self) -> Collected:
+        config, heads = self.config, self.corrected_heads
+        has_norm = config.delta_o_rmsnorm and "o" in heads  # o's correction is the last
+        weights = LayerStepWeights(
+            *self.projection_weights(), [self.weight(f"delta_{head}_proj") for head in heads], [],
+            self.weight("delta_o_rmsnorm_weight") if has_norm else None, config.num_state_heads, config.normalize_qk,
+            config.state_update_mode, config.alpha / config.rank, config.delta_o_rmsnorm_eps,
+        )  # fmt: skip
+        are_parameters = len(self._parameters) == self._registered
+        return Collected(config, tuple(self._parameters.values()) if are_parameters else (), weights)
 
     def weight(self, name: str) -> Tensor:
         """A parameter by name. Looking into `_parameters` first takes a fifth of the time of a module's attribute; a

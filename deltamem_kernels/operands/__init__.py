@@ -7,7 +7,7 @@ derived from them, and csrc/bindings/records.h mirrors them for C++.
 
 from .correction import CorrectionOperands
 from .decode import DecodeOperands
-from .layer_step import LayerStepOperands
+from .layer_step import LayerStepOperands, LayerStepWeights
 from .projection import PrefillOperands, Projected, ProjectionAdjoint, ProjectionOperands, QkvWeight
 from .scan import CHECKPOINT_INTERVAL, ScanCotangents, ScanOperands, ScanResult
 from .segments import SegmentOperands
@@ -18,6 +18,7 @@ __all__ = [
     "CorrectionOperands",
     "DecodeOperands",
     "LayerStepOperands",
+    "LayerStepWeights",
     "PrefillOperands",
     "Projected",
     "ProjectionAdjoint",

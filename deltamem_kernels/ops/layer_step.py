@@ -49,27 +49,27 @@ def layer_step(operands: LayerStepOperands, *, backend: str | None = None) -> La
 
 
 def _composed(o: LayerStepOperands, backend: str | None) -> LayerStep:
-    batch, token = o.x.shape[0], o.x.shape[1:-1]
+    w, batch, token = o.weights, o.x.shape[0], o.x.shape[1:-1]
     if o.state is None:
-        rank = o.qkv_weight[0].shape[0] // (o.heads if len(o.qkv_weight) == 3 else 3 * o.heads)
+        rank = o.projection.rank
         dtype = torch.float64 if o.x.dtype == torch.float64 else torch.float32
-        state = o.x.new_zeros((batch, o.heads, rank, rank), dtype=dtype)
+        state = o.x.new_zeros((batch, w.heads, rank, rank), dtype=dtype)
     else:
         state = o.state.clone(memory_format=torch.contiguous_format)
     rows = None if o.mask is None else torch.arange(batch, device=o.x.device).masked_fill(~o.mask.reshape(batch), -1)
-    qkv_weight: Any = o.qkv_weight if len(o.qkv_weight) == 3 else o.qkv_weight[0]
+    qkv_weight: Any = w.qkv_weight if len(w.qkv_weight) == 3 else w.qkv_weight[0]
     reads, _ = memory_decode(
-        state, o.x, qkv_weight, o.beta_weight, o.beta_bias, o.decay_weight, o.decay_bias, heads=o.heads,
-        normalize=o.normalize, mode=o.mode, state_indices=rows, backend=backend,
+        state, o.x, qkv_weight, w.beta_weight, w.beta_bias, w.decay_weight, w.decay_bias, heads=w.heads,
+        normalize=w.normalize, mode=w.mode, state_indices=rows, backend=backend,
     )  # fmt: skip
     corrections = []
-    for index, weight in enumerate(o.delta_weights):
+    for index, weight in enumerate(w.delta_weights):
         base = reads.new_zeros(()).expand(batch, *token, weight.shape[0])
-        scale = o.gains[index] * o.scale if o.gains else o.scale
-        norm_weight = o.norm_weight if index == len(o.delta_weights) - 1 else None
+        scale = w.gains[index] * w.scale if w.gains else w.scale
+        norm_weight = w.norm_weight if index == len(w.delta_weights) - 1 else None
         corrections.append(
             attention_correction(
-                base, reads, weight, scale, norm_weight=norm_weight, norm_eps=o.norm_eps, backend=backend
+                base, reads, weight, scale, norm_weight=norm_weight, norm_eps=w.norm_eps, backend=backend
             )
         )
     return LayerStep(reads, state, tuple(corrections))
