@@ -1,5 +1,7 @@
 """Attach a δ-mem memory to transformers models, which are then used as before."""
 
+from typing import TYPE_CHECKING, Any
+
 try:
     from .adapter import load_adapter, save_adapter
     from .attach import attach_memory, detach_memory, memory_layers
@@ -15,9 +17,13 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+if TYPE_CHECKING:
+    from .trainer import MemoryCheckpoint
+
 __all__ = [
     "LayerStatistics",
     "MemoryCall",
+    "MemoryCheckpoint",
     "attach_memory",
     "detach_memory",
     "get_memory",
@@ -28,3 +34,11 @@ __all__ = [
     "save_memory",
     "set_memory",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "MemoryCheckpoint":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .trainer import MemoryCheckpoint  # imports the Trainer's module, which takes seconds
+
+    return MemoryCheckpoint
