@@ -79,7 +79,7 @@ def test_steps_are_exact(implementation, mode, H, R, split, form):
     """Some rows masked, operands between NaN."""
     o = problem(H, R, mode, split=split, **form)
     wanted = exact(o)
-    fenced = moved(o, lambda x: between_nans(x.to(implementation.device)))
+    fenced = moved(o, lambda x: between_nans(x.to(implementation.device)) if x.ndim else x.to(implementation.device))
     ours = layer_step(fenced, backend=implementation.backend)
     assert_exact(ours, wanted)
     token = (B, 1) if o.x.ndim == 3 else (B,)
@@ -150,7 +150,7 @@ def of(o: LayerStepOperands, **changes) -> dict:
         (lambda o: {"state": o.state[:2]}, r"state must be \[B, H, R, R\]"),
         (lambda o: {"mask": o.mask.float()}, "mask must be a bool tensor"),
         (lambda o: {"mask": o.mask[:2]}, "mask must be"),
-        (lambda o: of(o, delta_weights=[torch.randn(9, 3)]), r"delta_weight must be \[out, H·R\] with H·R = 8"),
+        (lambda o: of(o, delta_weights=[torch.randn(9, 3)], gains=[]), r"delta_weight must be \[out, H·R\] with H·R = 8"),
         (lambda o: of(o, gains=o.weights.gains[:1]), "gains must be empty or 3 tensors, got 1"),
         (lambda o: of(o, norm_weight=torch.randn(3)), r"norm_weight must be \[out\]"),
         (lambda o: of(o, delta_weights=[], gains=[]), "None without corrections"),

@@ -57,7 +57,7 @@ def _composed(o: LayerStepOperands, backend: str | None) -> LayerStep:
     else:
         state = o.state.clone(memory_format=torch.contiguous_format)
     rows = None if o.mask is None else torch.arange(batch, device=o.x.device).masked_fill(~o.mask.reshape(batch), -1)
-    qkv_weight: Any = w.qkv_weight if len(w.qkv_weight) == 3 else w.qkv_weight[0]
+    qkv_weight: Any = tuple(w.qkv_weight) if len(w.qkv_weight) == 3 else w.qkv_weight[0]
     reads, _ = memory_decode(
         state, o.x, qkv_weight, w.beta_weight, w.beta_bias, w.decay_weight, w.decay_bias, heads=w.heads,
         normalize=w.normalize, mode=w.mode, state_indices=rows, backend=backend,
