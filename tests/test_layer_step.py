@@ -150,7 +150,10 @@ def of(o: LayerStepOperands, **changes) -> dict:
         (lambda o: {"state": o.state[:2]}, r"state must be \[B, H, R, R\]"),
         (lambda o: {"mask": o.mask.float()}, "mask must be a bool tensor"),
         (lambda o: {"mask": o.mask[:2]}, "mask must be"),
-        (lambda o: of(o, delta_weights=[torch.randn(9, 3)], gains=[]), r"delta_weight must be \[out, H·R\] with H·R = 8"),
+        (
+            lambda o: of(o, delta_weights=[torch.randn(9, 3)], gains=[]),
+            r"\[out, H·R\] with H·R = 8",
+        ),
         (lambda o: of(o, gains=o.weights.gains[:1]), "gains must be empty or 3 tensors, got 1"),
         (lambda o: of(o, norm_weight=torch.randn(3)), r"norm_weight must be \[out\]"),
         (lambda o: of(o, delta_weights=[], gains=[]), "None without corrections"),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.reference.scan import gates as gates_of
 from ..operands import LayerStepOperands, SegmentOperands
@@ -109,8 +110,15 @@ class DeltaMemory(MemoryWeights):
         Raises:
             TypeError, ValueError: an argument does not fit; nothing has run.
         """
-        if not return_gates and segment_ids is None and starts is None and self._decodes(x):
-            return self._decode(x, state, mask, write)
+        is_plain = segment_ids is None and starts is None and not return_gates
+        if is_plain and x.ndim == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and not is_compiling():
+            collected = self.collect_weights()
+            step = layer_step(LayerStepOperands(x, state, mask, collected.weights))
+            after = step.state
+            if not write:
+                after = self.zeros(x) if state is None else state
+            of_heads = dict(zip(collected.heads, step.corrections, strict=True))
+            return MemoryOutput(step.reads, after, None, of_heads, None)
         reads, after, writes, gates = self._read(
             x, state, mask, write, segment_ids, num_segments, starts, return_gates=return_gates
         )
@@ -120,18 +128,6 @@ class DeltaMemory(MemoryWeights):
             base = zero.expand(*x.shape[:-1], self.weight(f"delta_{head}_proj").shape[0])
             corrections[head] = self.correct(base, reads, head)
         return MemoryOutput(reads, after, writes, corrections, gates)
-
-    @staticmethod
-    def _decodes(x: Tensor) -> bool:
-        """Whether a call has one token and records no gradient."""
-        return x.ndim == 3 and x.shape[1] == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-
-    def _decode(self, x: Tensor, state: Tensor | None, mask: Tensor | None, write: bool) -> MemoryOutput:
-        """Read, write and correct for one token in one call."""
-        reads, after, corrections = layer_step(LayerStepOperands(x, state, mask, self.step_weights()))
-        if not write:
-            after = self.zeros(x) if state is None else state
-        return MemoryOutput(reads, after, None, dict(zip(self.corrected_heads, corrections, strict=True)), None)
 
     @property
     def is_wrapped(self) -> bool:

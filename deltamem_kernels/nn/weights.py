@@ -31,6 +31,8 @@ class Collected(NamedTuple):
     """The weights for `layer_step`, and what they were collected from."""
 
     config: DeltaMemConfig
+    heads: list[str]
+    """The corrected heads, in the order of q, k, v and o."""
     parameters: tuple[Tensor | None, ...]
     """Empty if some weights are not parameters."""
     weights: LayerStepWeights
@@ -88,11 +90,6 @@ class MemoryWeights(nn.Module):
             self.delta_o_rmsnorm_weight = parameter(out_features["o"], trained="o" in config.delta_heads)
         self._registered = len(self._parameters)
         self.reset_parameters(base_weights)
-
-    @property
-    def corrected_heads(self) -> list[str]:
-        """The corrected heads, in the order of q, k, v and o."""
-        return [head for head in HEADS if head in self.config.delta_heads]
 
     @torch.no_grad()
     def reset_parameters(self, base_weights: dict[str, Any] | None = None) -> None:
@@ -156,9 +153,9 @@ class MemoryWeights(nn.Module):
             return qkv, beta, beta_bias, None, None
         return qkv, beta, beta_bias, weight("lambda_proj"), weight("lambda_bias")
 
-    def step_weights(self) -> LayerStepWeights:
-        """The weights as `layer_step` takes them. They are collected again if a parameter or the configuration was
-        replaced, or if some are not parameters but computed, as under a parametrization."""
+    def collect_weights(self) -> Collected:
+        """Return the weights as `layer_step` takes them. They are collected again if a parameter or the configuration
+        was replaced, or if some are not parameters but computed, as under a parametrization."""
         kept, parameters = self._collected, self._parameters
         if (
             kept is None
@@ -167,12 +164,13 @@ class MemoryWeights(nn.Module):
             or not all(map(is_, kept.parameters, parameters.values()))
         ):
             kept = self._collected = self._collect()
-        if self.config.trainable_delta_scale:
-            return kept.weights._replace(gains=[self.gain(head) for head in self.corrected_heads], scale=1.0)
-        return kept.weights
+        if kept.config.trainable_delta_scale:
+            gains = [self.gain(head) for head in kept.heads]
+            return kept._replace(weights=kept.weights._replace(gains=gains, scale=1.0))
+        return kept
 
     def _collect(self) -> Collected:
-        config, heads = self.config, self.corrected_heads
+        config, heads = self.config, [head for head in HEADS if head in self.config.delta_heads]
         has_norm = config.delta_o_rmsnorm and "o" in heads  # o's correction is the last
         weights = LayerStepWeights(
             *self.projection_weights(), [self.weight(f"delta_{head}_proj") for head in heads], [],
@@ -180,7 +178,7 @@ class MemoryWeights(nn.Module):
             config.state_update_mode, config.alpha / config.rank, config.delta_o_rmsnorm_eps,
         )  # fmt: skip
         are_parameters = len(self._parameters) == self._registered
-        return Collected(config, tuple(self._parameters.values()) if are_parameters else (), weights)
+        return Collected(config, heads, tuple(self._parameters.values()) if are_parameters else (), weights)
 
     def weight(self, name: str) -> Tensor:
         """A parameter by name. Looking into `_parameters` first takes a fifth of the time of a module's attribute; a

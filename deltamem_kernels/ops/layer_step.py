@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..backends.eager import eager
 from ..operands import LayerStepOperands
@@ -31,7 +30,7 @@ def layer_step(operands: LayerStepOperands, *, backend: str | None = None) -> La
 
     This is `memory_decode` on a copy of the state, and an `attention_correction` of zeros by each delta_weight. A token
     that the mask leaves out reads zeros and does not change its state. On a CPU it is one call into C++. There is no
-    gradient.
+    gradient, and `torch.compile` does not trace the call: compiled code calls the single operations.
 
     Args:
         operands: the tensors and options, which are those of `memory_decode` and `attention_correction`.
@@ -41,11 +40,11 @@ def layer_step(operands: LayerStepOperands, *, backend: str | None = None) -> La
         TypeError, ValueError: an argument does not fit; nothing has run.
         BackendUnavailableError: the backend requested by name cannot run here.
     """
-    results = None if is_compiling() else eager.layer_step(operands, backend)
+    results = eager.layer_step(operands, backend)
     if results is None:
         operands.check()
         check_backend(backend)
-    return LayerStep(*results) if results else _composed(operands, backend)
+    return LayerStep._make(results) if results else _composed(operands, backend)
 
 
 def _composed(o: LayerStepOperands, backend: str | None) -> LayerStep:

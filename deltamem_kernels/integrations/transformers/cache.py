@@ -65,8 +65,9 @@ class LayerMemory:
             return
         self.steps.append(step)
         self.recorded_tokens += step.tokens
-        while self.recorded_tokens - self.steps[0].tokens >= ROLLBACK:
-            self.recorded_tokens -= self.steps.popleft().tokens
+        if self.recorded_tokens > ROLLBACK:
+            while self.recorded_tokens - self.steps[0].tokens >= ROLLBACK:
+                self.recorded_tokens -= self.steps.popleft().tokens
 
     def check_crop(self, tokens: int) -> None:
         """Raise ValueError if the latest tokens cannot be undone."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...nn import DeltaMemConfig
-from ...nn.memory import Gates
 from .cache import LayerMemory, Step, layer_memory
 from .cache_keyword import given_cache
 from .call import MemoryCall, active_call
@@ -33,33 +32,34 @@ class LayerCall:
     def __init__(self, attention: Any, context: StackContext, x: Tensor, kwargs: dict[str, Any]) -> None:
         self.attention = attention
         self.tokens = x.shape[1]
-        call = active_call(attention.memory_attachment) if context is NO_CONTEXT else context.call
-        self.call: MemoryCall | None = call
-        self.write = call is None or call.write
+        self.call = call = active_call(attention.memory_attachment) if context is NO_CONTEXT else context.call
         cache = given_cache(kwargs)
         self.layer: LayerMemory | None = None if cache is None else layer_memory(cache, attention.layer_idx)
         self.before = self._state(x)
-        attention_mask = kwargs.get("attention_mask")
-        self.mask = None if attention_mask is None else self._mask(context, x.shape[0], cache, attention_mask)
-        self.memory: Any = attention._modules["delta_memory"]
+        self.mask, attention_mask = None, kwargs.get("attention_mask")
+        if attention_mask is not None:
+            self.mask = self._mask(context, x.shape[0], cache, attention_mask)
         self.measured = None if call is None or not call.measures else Measurement(self.mask)
         self.corrected: set[str] = set()
-        self.corrections: dict[str, Tensor] | None = None
-        self.gates: Gates | None = None
+        self.memory: Any = attention._modules["delta_memory"]
         self._run(context, x, decoding=self.tokens == 1 and cache is not None)
 
     def _run(self, context: StackContext, x: Tensor, *, decoding: bool) -> None:
         """Read and write the memory."""
-        memory, write = self.memory, self.write
-        options: dict[str, Any] = {"mask": self.mask, "write": write}
-        if write and memory.config.memory_write_granularity != "token":
-            options |= _segments(memory.config, self.call, x, decoding=decoding)
+        memory, call = self.memory, self.call
+        self.write = call is None or call.write
+        options: dict[str, Any] = {"mask": self.mask, "write": self.write}
+        if self.write and memory.config.memory_write_granularity != "token":
+            options |= _segments(memory.config, call, x, decoding=decoding)
         if context.starts is not None:
             options["starts"] = _starts(context.starts, x, "segment_ids" in options)
         if self.measured is not None:
             options["return_gates"] = True
-        if self.tokens == 1 or self.measured is not None or memory.is_wrapped:
-            self.reads, self.after, self.writes, self.corrections, self.gates = memory(x, self.before, **options)
+        is_wrapped = memory.is_wrapped
+        self.corrections: dict[str, Tensor] | None = None
+        if self.tokens == 1 or is_wrapped or self.measured is not None:
+            run = memory if is_wrapped else memory.forward  # a call of the module runs its hooks
+            self.reads, self.after, self.writes, self.corrections, self.gates = run(x, self.before, **options)
         else:
             self.reads, self.after, self.writes = memory.read(x, self.before, **options)
 
