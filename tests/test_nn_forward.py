@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_nn import memory
 
+from deltamem_kernels.nn.memory import is_plain
 from deltamem_kernels.testing import relative_error
 
 
@@ -26,14 +27,14 @@ def test_a_call_of_the_module_gives_what_read_and_correct_give(tokens):
                 base = torch.randn_like(correction)
                 assert relative_error(base + correction, module.correct(base, exact.reads, head)) <= 1e-6
     called = []
-    assert not module.is_wrapped
+    assert is_plain(module)
     hook = module.register_forward_hook(lambda *call: called.append(call))
-    assert module.is_wrapped
+    assert not is_plain(module)
     module(x, state)
     hook.remove()
     assert len(called) == 1
     torch.nn.utils.parametrize.register_parametrization(module, "memory_v_proj", Doubled())
-    assert module.is_wrapped
+    assert not is_plain(module)
     with torch.no_grad():
         doubled = module(x).state
         torch.nn.utils.parametrize.remove_parametrizations(module, "memory_v_proj", leave_parametrized=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..backends.reference.scan import gates as gates_of
@@ -128,15 +128,6 @@ class DeltaMemory(MemoryWeights):
             base = zero.expand(*x.shape[:-1], self.weight(f"delta_{head}_proj").shape[0])
             corrections[head] = self.correct(base, reads, head)
         return MemoryOutput(reads, after, writes, corrections, gates)
-
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether hooks, a subclass or a replaced forward expect the module to be called."""
-        return (
-            type(self) is not DeltaMemory
-            or "forward" in self.__dict__
-            or bool(self._forward_pre_hooks or self._forward_hooks or self._backward_hooks or self._backward_pre_hooks)
-        )
 
     def read(
         self,
@@ -311,3 +302,13 @@ class DeltaMemory(MemoryWeights):
         config = self.config
         corrected = ", ".join(config.delta_heads) or "nothing"
         return f"hidden={self.hidden_size}, heads={config.num_state_heads}, rank={config.rank}, corrects {corrected}"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a DeltaMemory that may be used without calling it: nothing wraps it, and it has no hooks."""
+    return (
+        type(module) is DeltaMemory
+        and "forward" not in module.__dict__
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+    )

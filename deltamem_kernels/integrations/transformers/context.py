@@ -23,6 +23,7 @@ from .masks import token_mask
 if TYPE_CHECKING:
     from .call import MemoryCall
     from .layer_call import LayerCall
+    from .step_call import StepCall
 
 KEYWORD = "delta_memory_context"
 
@@ -33,11 +34,13 @@ class StackContext:
     Attributes:
         call: the MemoryCall that applies, or None.
         starts: `[B or 1, T]` bool, True where a packed sequence begins. None if each row is one sequence.
+        steps: whether calls with one token are decoding steps, in one native call.
     """
 
     def __init__(self, call: MemoryCall | None = None, starts: Tensor | None = None) -> None:
         self.call = call
         self.starts = starts
+        self.steps = call is None and starts is None and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         self._masks: dict[tuple, tuple[object, Tensor | None]] = {}
 
     def token_mask(self, attention_mask: object, batch: int, tokens: int, past: int | Tensor) -> Tensor | None:
@@ -59,7 +62,7 @@ class _Running(threading.local):
     """What runs in a thread: the innermost stack or layer's context, and the innermost call of an attention module."""
 
     context: StackContext | None = None
-    layer_call: LayerCall | None = None
+    layer_call: LayerCall | StepCall | None = None
 
 
 running = _Running()
@@ -124,6 +127,7 @@ class Attachment:
 
 
 NO_CONTEXT = StackContext()
+NO_CONTEXT.steps = False  # the context of a call outside of a stack is not known
 
 
 def in_backward() -> bool:

@@ -8,11 +8,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ...nn.memory import is_plain
 from .call import active_call
 from .context import KEYWORD, Attachment, running
 from .extending import Extension, extend, restore
 from .layer_call import LayerCall
 from .packing import sequence_starts
+from .step_call import StepCall
 
 PAGED = (
     "generate_batch and continuous batching do not support a memory: a paged cache cannot hold its states. Use generate"
@@ -93,14 +95,16 @@ class Attention(Extension):
     """The projections that are extended, by their names."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        modules = self._modules  # attributes of a module that are modules take half a microsecond longer
+        modules: Any = self._modules  # attributes of a module that are modules take half a microsecond longer
         for name, projection in self.corrected_projections.items():
             if modules[name] is not projection:
                 extend_projections(self, list(self.corrected_projections))
                 break
         context = running.context or self.memory_attachment.context_of_attention()
         x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        call = LayerCall(self, context, x, kwargs)
+        memory = modules["delta_memory"]
+        is_step = context.steps and x.shape[1] == 1 and is_plain(memory) and memory.config.writes_tokens
+        call = (StepCall if is_step else LayerCall)(self, context, x, kwargs)
         outer, running.layer_call = running.layer_call, call
         try:
             output = super().forward(*args, **kwargs)
@@ -115,13 +119,15 @@ class Projection(Extension):
 
     memory_name: str
     """The name of the projection, such as `q_proj`."""
+    memory_index: int
+    """Its place among the corrected projections."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        call, name = running.layer_call, self.memory_name
-        if call is None or call.attention.corrected_projections.get(name) is not self:
+        call = running.layer_call
+        if call is None or call.attention.corrected_projections.get(self.memory_name) is not self:
             return output
-        return call.correct(name, output, not torch.is_grad_enabled() and not (args and output is args[0]))
+        return call.correct(self, output, not torch.is_grad_enabled() and not (args and output is args[0]))
 
 
 def carry_context(layers: nn.Module) -> None:
@@ -134,11 +140,12 @@ def carry_context(layers: nn.Module) -> None:
 def extend_projections(attention: Any, names: list[str]) -> None:
     """Extend the projections of these names, which PEFT may have replaced since they were extended."""
     restore_projections(attention)
-    for name in names:
+    for index, name in enumerate(names):
         projection = attention._modules[name]
         if not isinstance(projection, Projection):  # a copy of an extended one is extended
             extend(projection, Projection)
         object.__setattr__(projection, "memory_name", name)
+        object.__setattr__(projection, "memory_index", index)
     attention.corrected_projections = {name: attention._modules[name] for name in names}
 
 
@@ -148,3 +155,4 @@ def restore_projections(attention: Any) -> None:
         if isinstance(projection, Projection):
             restore(projection)
             object.__delattr__(projection, "memory_name")
+            object.__delattr__(projection, "memory_index")

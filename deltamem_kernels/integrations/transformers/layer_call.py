@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...nn import DeltaMemConfig
+from ...nn.memory import is_plain
 from .cache import LayerMemory, Step, layer_memory
 from .cache_keyword import given_cache
 from .call import MemoryCall, active_call
@@ -38,7 +40,7 @@ class LayerCall:
         self.before = self._state(x)
         self.mask, attention_mask = None, kwargs.get("attention_mask")
         if attention_mask is not None:
-            self.mask = self._mask(context, x.shape[0], cache, attention_mask)
+            self.mask = layer_mask(attention, context, x, cache, attention_mask)
         self.measured = None if call is None or not call.measures else Measurement(self.mask)
         self.corrected: set[str] = set()
         self.memory: Any = attention._modules["delta_memory"]
@@ -49,34 +51,29 @@ class LayerCall:
         memory, call = self.memory, self.call
         self.write = call is None or call.write
         options: dict[str, Any] = {"mask": self.mask, "write": self.write}
-        if self.write and memory.config.memory_write_granularity != "token":
+        if self.write and not memory.config.writes_tokens:
             options |= _segments(memory.config, call, x, decoding=decoding)
         if context.starts is not None:
             options["starts"] = _starts(context.starts, x, "segment_ids" in options)
         if self.measured is not None:
             options["return_gates"] = True
-        is_wrapped = memory.is_wrapped
         self.corrections: dict[str, Tensor] | None = None
-        if self.tokens == 1 or is_wrapped or self.measured is not None:
-            run = memory if is_wrapped else memory.forward  # a call of the module runs its hooks
-            self.reads, self.after, self.writes, self.corrections, self.gates = run(x, self.before, **options)
+        if self.tokens == 1 or self.measured is not None or not is_plain(memory):
+            self.reads, self.after, self.writes, self.corrections, self.gates = memory(x, self.before, **options)
         else:
             self.reads, self.after, self.writes = memory.read(x, self.before, **options)
 
-    def correct(self, name: str, output: Tensor, in_place: bool) -> Tensor:
-        """Return the corrected output of the projection of this name."""
+    def correct(self, projection: Any, output: Tensor, in_place: bool) -> Tensor:
+        """Return the corrected output of a projection."""
+        name = projection.memory_name
         self.corrected.add(name)
         head = name[0]
         if self.corrections is None:
             return self.memory.correct(output, self.reads, head, out=output if in_place else None)
         correction = self.corrections[head]
-        if output.shape != correction.shape:
-            raise ValueError(
-                f"{name} must return {list(correction.shape)} in a layer with a memory, got {list(output.shape)}"
-            )
         if self.measured is not None:
             self.measured.ratios[head] = self.measured.ratio(correction, output)
-        return output.add_(correction) if in_place else (output + correction).to(output.dtype)
+        return corrected(name, output, correction, in_place)
 
     def finish(self) -> None:
         """Keep the state after the attention has run.
@@ -85,12 +82,7 @@ class LayerCall:
             RuntimeError: a projection that the memory corrects was not called.
         """
         attention, layer, call = self.attention, self.layer, self.call
-        if len(self.corrected) < len(attention.corrected_projections):
-            name = min(attention.corrected_projections.keys() - self.corrected)
-            raise RuntimeError(
-                f"{name} of layer {attention.layer_idx} was not called, so the memory could not correct it: leave "
-                f"{name[0]!r} out of delta_heads, or this layer out of target_layers"
-            )
+        check_all_corrected(attention, self.corrected)
         if layer is not None:
             layer.advance(self.after, Step(self.tokens, self.before, self.writes, self.write))
         if call is not None:
@@ -105,20 +97,47 @@ class LayerCall:
             state = self.call.initial[self.attention.layer_idx]
         if state is None:
             return None
-        if state.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the memory has states of {state.shape[0]} sequences, but the model is called with a batch of "
-                f"{x.shape[0]}: for beams or several answers per prompt, repeat the states with repeat_interleave"
-            )
+        check_batch(state, x)
         return state if state.device == x.device else state.to(x.device)
 
-    def _mask(self, context: StackContext, batch: int, cache: Any, attention_mask: Any) -> Tensor | None:
-        past: int | Tensor = 0
-        if cache is not None:
-            past = cache.get_seq_length(self.attention.layer_idx)
-        elif isinstance(attention_mask, Tensor):
-            past = attention_mask.shape[-1] - self.tokens
-        return context.token_mask(attention_mask, batch, self.tokens, past)
+
+def check_batch(state: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless there is a state for each row of x."""
+    if len(state) != len(x):
+        raise ValueError(
+            f"the memory has states of {len(state)} sequences, but the model is called with a batch of {len(x)}: for "
+            "beams or several answers per prompt, repeat the states with repeat_interleave"
+        )
+
+
+def layer_mask(attention: Any, context: StackContext, x: Tensor, cache: Any, attention_mask: Any) -> Tensor | None:
+    """Return which tokens of a layer's call are not padding, `[B, T]`, or None if none is."""
+    batch, tokens, _ = x.shape
+    past: int | Tensor = 0
+    if cache is not None:
+        past = cache.get_seq_length(attention.layer_idx)
+    elif isinstance(attention_mask, Tensor):
+        past = attention_mask.shape[-1] - tokens
+    return context.token_mask(attention_mask, batch, tokens, past)
+
+
+def corrected(name: str, output: Tensor, correction: Tensor, in_place: bool) -> Tensor:
+    """Add a correction to the output of the projection of this name."""
+    if output.shape != correction.shape:
+        raise ValueError(
+            f"{name} must return {list(correction.shape)} in a layer with a memory, got {list(output.shape)}"
+        )
+    return output.add_(correction) if in_place else (output + correction).to(output.dtype)
+
+
+def check_all_corrected(attention: Any, names: Collection[str]) -> None:
+    """Raise RuntimeError if a projection that the memory corrects was not called."""
+    if len(names) < len(attention.corrected_projections):
+        name = min(attention.corrected_projections.keys() - set(names))
+        raise RuntimeError(
+            f"{name} of layer {attention.layer_idx} was not called, so the memory could not correct it: leave "
+            f"{name[0]!r} out of delta_heads, or this layer out of target_layers"
+        )
 
 
 def _starts(starts: Tensor, x: Tensor, has_segments: bool) -> Tensor | None:
