@@ -11,7 +11,8 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import DynamicCache
 
-from deltamem_kernels.integrations.transformers import load_adapter, memory_layers, save_adapter
+from deltamem_kernels.integrations.transformers import attach_memory, load_adapter, memory_layers, save_adapter
+from deltamem_kernels.nn import DeltaMemConfig
 from deltamem_kernels.testing import relative_error
 
 __all__ = ["one_thread"]
@@ -56,3 +57,17 @@ def test_a_quantised_backbone_gives_what_its_rounded_weights_give(order, tmp_pat
     parts = [logits(model, part, cache=cache) for part in (ids[:, :7], *ids[:, 7:].split(1, 1))]
     assert relative_error(torch.cat(parts, 1), wanted) <= CLOSE
     assert all(state.any() for state in states_of(cache).values())
+
+
+def test_correction_weights_start_from_slices_of_the_dequantised_weights():
+    config = DeltaMemConfig(output_init="base_slice")
+    plain = backbone()
+    expected, model = rounded(plain), copy.deepcopy(plain)
+    quantize_(model, Int8WeightOnlyConfig())
+    for each in (expected, model):
+        attach_memory(each, config)
+    for (_, found), (_, wanted) in zip(memory_layers(model), memory_layers(expected), strict=True):
+        for head in "qkvo":
+            weight = getattr(wanted.delta_memory, f"delta_{head}_proj")
+            assert weight.any()
+            assert torch.equal(getattr(found.delta_memory, f"delta_{head}_proj"), weight)

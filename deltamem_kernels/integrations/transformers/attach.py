@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...nn import DeltaMemConfig, DeltaMemory
@@ -44,7 +44,7 @@ def build_memories(model: nn.Module, config: DeltaMemConfig, dtype: torch.dtype)
         raise ValueError("the model already has a memory: remove it with detach_memory first")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError("the model does not fit: it must be a decoder, got an encoder-decoder model")
-    memories = {}
+    memories, needs_weights = {}, config.output_init.startswith("base_slice")
     for name, attention in attention_layers(model, config):
         device = _device_of(attention, model)
         if device.type == "meta":
@@ -56,11 +56,19 @@ def build_memories(model: nn.Module, config: DeltaMemConfig, dtype: torch.dtype)
             config,
             projections["q"].in_features,
             {head: projection.out_features for head, projection in projections.items()},
-            {head: getattr(projection, "weight", None) for head, projection in projections.items()},
+            {head: _weight_of(projection) for head, projection in projections.items()} if needs_weights else None,
             device=device,
             dtype=dtype,
         )
     return memories
+
+
+def _weight_of(projection: nn.Module) -> object:
+    """Return the weight of a projection, dequantised if it is a quantised tensor of torchao."""
+    weight = getattr(projection, "weight", None)
+    if isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
+        return weight.dequantize()
+    return weight
 
 
 def _device_of(*modules: nn.Module) -> torch.device:
