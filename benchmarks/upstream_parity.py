@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,11 +100,13 @@ def pair(kind: str, fields: dict, dtype: torch.dtype) -> tuple[nn.Module, nn.Mod
 
 
 class KeepFloat64(TorchFunctionMode):
-    """Let `x.float()` return a float64 x. The authors' RMSNorm of corrections otherwise rounds to float32, and their
-    gradients then have relative errors up to 1e-5."""
+    """Let `x.float()` return x if it is float64 and requires a gradient.
+
+    The authors' RMSNorm of corrections otherwise rounds to float32: errors of their gradients up to 1e-5 were measured.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.float and args[0].dtype == torch.float64:
+        if func is Tensor.float and args[0].dtype == torch.float64 and args[0].requires_grad:
             return args[0]
         return func(*args, **(kwargs or {}))
 
@@ -175,7 +178,7 @@ class Request:
         if start < PROMPT and self.granularity != "token":
             delta.set_delta_mem_write_message_ids(model, self.messages[:, start:end])
             delta.set_delta_mem_write_sentence_ids(model, self.sentences[:, start:end])
-        return KeepFloat64()
+        return KeepFloat64() if torch.is_grad_enabled() else nullcontext()
 
     def before_our_call(self, model: nn.Module, start: int, end: int) -> AbstractContextManager:
         from deltamem_kernels.integrations.transformers import MemoryCall
@@ -199,15 +202,21 @@ def random_cuts(count: int) -> list[int]:
     return (places + torch.arange(2, 2 + count)).tolist()
 
 
-def compare(kind: str, fields: dict, padding: str) -> tuple[dict[tuple[str, str], float], float]:
-    """Return the differences from the authors' results by check and variant, and that of the frozen model's logits."""
+class Compared(NamedTuple):
+    differences: dict[tuple[str, str], float]
+    """The difference from the authors' results by check and by "ours" or "patched"."""
+    frozen: float
+    """The difference of the frozen model's logits from those of the authors' memory."""
+
+
+def compare(kind: str, fields: dict, padding: str) -> Compared:
     from deltamem_kernels.integrations.transformers import detach_memory
     from deltamem_kernels.integrations.upstream import patch, unpatch
 
-    granularity = fields.get("memory_write_granularity", "token")
-    differences = {}
+    granularity, differences = fields.get("memory_write_granularity", "token"), {}
 
-    def run(check: str, request: Request, results: Callable, difference: Callable[..., float]):
+    def run(check: str, models: tuple[nn.Module, nn.Module], request: Request, results: Callable, difference: Callable):
+        theirs, ours = models
         expected = results(theirs, request.before_their_call)
         differences[check, "ours"] = difference(results(ours, request.before_our_call), expected)
         patch()
@@ -215,18 +224,18 @@ def compare(kind: str, fields: dict, padding: str) -> tuple[dict[tuple[str, str]
         unpatch()
         return expected
 
-    theirs, ours = pair(kind, fields, torch.float32)
+    models = pair(kind, fields, torch.float32)
     cut = Request(granularity, padding, cuts=random_cuts(3), steps=6)
-    run("random cuts", cut, cut.logits, largest_difference)
+    run("random cuts", models, cut, cut.logits, largest_difference)
     whole = Request(granularity, padding, cuts=[], steps=8)
-    expected = run("one prompt", whole, whole.logits, largest_difference)
-    detach_memory(ours)
-    frozen = largest_difference(whole.logits(ours, lambda *call: nullcontext()), expected)
+    expected = run("one prompt", models, whole, whole.logits, largest_difference)
+    detach_memory(models[1])
+    frozen = largest_difference(whole.logits(models[1], lambda *call: nullcontext()), expected)
 
-    theirs, ours = pair(kind, fields, torch.float64)
+    models = pair(kind, fields, torch.float64)
     trained = Request(granularity, padding, cuts=random_cuts(1), steps=0)
-    run("gradients", trained, trained.gradients, largest_relative_error)
-    return differences, frozen
+    run("gradients", models, trained, trained.gradients, largest_relative_error)
+    return Compared(differences, frozen)
 
 
 def largest_difference(got: Tensor, expected: Tensor) -> float:
@@ -239,27 +248,27 @@ def largest_relative_error(got: dict[str, Tensor], expected: dict[str, Tensor]) 
     assert got.keys() == expected.keys(), f"gradients of different weights: {got.keys() ^ expected.keys()}"
     zero = [name for name, x in expected.items() if not x.any() and "lambda" not in name]  # no_lambda does not use λ
     assert not zero, f"gradients that are zero: {zero}"
-    return torch.tensor([relative_error(got[name], expected[name]) for name in expected]).max().item()
+    return largest([relative_error(got[name], expected[name]) for name in expected])
 
 
-def table(names: list[str], found: dict[str, list[tuple[dict[tuple[str, str], float], float]]]) -> str:
+def table(found: dict[str, list[Compared]]) -> str:
     """Return the largest differences of each memory, and the least difference of the frozen model's logits."""
     lines = [
         f"{'':20}" + "".join(f" | {check:^17}" for check in LIMITS) + " | frozen",
         f"{'memory':20}" + f" | {'ours':>8} {'patched':>8}" * len(LIMITS) + " | least",
     ]
-    for name in [*names, "all"]:
-        cases = list(itertools.chain(*found.values())) if name == "all" else found[name]
-        cells = [
-            " | " + " ".join(f"{_largest(d[check, who] for d, _ in cases):8.1e}" for who in ("ours", "patched"))
-            for check in LIMITS
-        ]
-        lines.append(f"{name:20}{''.join(cells)} | {min(frozen for _, frozen in cases):.2g}")
+    for name, cases in {**found, "all": list(itertools.chain(*found.values()))}.items():
+        cells = ""
+        for check in LIMITS:
+            ours, patched = (largest([case.differences[check, who] for case in cases]) for who in ("ours", "patched"))
+            cells += f" | {ours:8.1e} {patched:8.1e}"
+        lines.append(f"{name:20}{cells} | {min(case.frozen for case in cases):.2g}")
     return "\n".join(lines)
 
 
-def _largest(values) -> float:
-    return torch.tensor(list(values)).max().item()  # NaN if one is
+def largest(values: list[float]) -> float:
+    """Return the largest value, NaN if one is NaN."""
+    return torch.tensor(values, dtype=torch.float64).max().item()
 
 
 def main() -> int:
@@ -278,20 +287,20 @@ def main() -> int:
         sys.path.insert(0, str(options.upstream))
     every = enumerate(itertools.product(MEMORIES, KINDS, MODES, PADDINGS), options.seed)
     cases = [(seed, case) for seed, case in every if case[0] in options.memories]
-    found: dict[str, list] = {name: [] for name in options.memories}
+    found: dict[str, list[Compared]] = {name: [] for name in options.memories}
     over = 0
     with Progress(len(cases)) as progress:
         for seed, (name, kind, mode, padding) in cases:
             progress.describe(f"{kind}, {name}, {mode}, padding {padding}")
             torch.manual_seed(seed)
-            differences, frozen = compare(kind, {**MEMORIES[name], "state_update_mode": mode}, padding)
-            found[name].append((differences, frozen))
-            for (check, who), difference in differences.items():
+            compared = compare(kind, {**MEMORIES[name], "state_update_mode": mode}, padding)
+            found[name].append(compared)
+            for (check, who), difference in compared.differences.items():
                 if not difference <= LIMITS[check]:  # NaN as well
                     over += 1
                     print(f"over {LIMITS[check]:.0e}: {kind}, {name}, {mode}, {padding}, {check}, {who}: {difference}")
             progress.advance(1)
-    print(table(options.memories, found))
+    print(table(found))
     print(f"{len(cases)} cases, {2 * len(LIMITS) * len(cases)} comparisons; over the limit: {over}")
     return int(over > 0)
 
