@@ -111,7 +111,26 @@ def _cached_model(kind: str, backbone: Backbone, shape: Shape) -> nn.Module:
 
             model = _as_smollm3(base) if base.config.model_type == "llama" else _share_weights(base)
             attach_delta_mem(model, HFDeltaMemConfig(**memory))
+            rename_cache_keyword(model)
     return model
+
+
+def rename_cache_keyword(model: nn.Module) -> None:
+    """Let the authors' layers use the KV cache, which transformers passes as `cache` since 5.24 and which they know
+    only as `past_key_values`."""
+    from deltamem.core.delta import iter_delta_mem_modules
+
+    from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
+
+    if cache_keyword(model) == "cache":
+        for _, layer in iter_delta_mem_modules(model):
+            layer.register_forward_pre_hook(_rename_cache_keyword, with_kwargs=True)
+
+
+def _rename_cache_keyword(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if "cache" in kwargs:
+        kwargs["past_key_values"] = kwargs.pop("cache")
+    return args, kwargs
 
 
 @functools.cache
