@@ -25,7 +25,7 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     model = backbone()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     rows = [{"input_ids": row, "labels": row} for row in tokens(8, 12)]
