@@ -207,8 +207,8 @@ def page(rows: dict[str, dict[str, str]]) -> str:
     table = [f"| {kind} | {' | '.join(rows[kind][name] for name in PROPERTIES)} |" for kind in fitting]
     return f"""# Architectures
 
-The text decoders of transformers {transformers.__version__}, each as a small random model with a memory that changes the
-logits. The tests make this page and check it. They compare
+The text decoders of transformers {transformers.__version__}, each as a small random model with a memory that changes
+the logits. The tests make this page and check it. They compare
 
 - cache: prefill and decoding, token by token, through the model's cache with one call;
 - padding: a row with leading padding with the row alone;

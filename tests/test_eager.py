@@ -282,7 +282,7 @@ def public_decode() -> list[Tensor]:
 
 
 def public_layer_step() -> list[Tensor]:
-    reads, state, corrections = layer_step(*CALLS["layer_step"]())
+    reads, state, corrections = layer_step(*CALLS["layer_step"]()[0])
     return [reads, state, *corrections]
 
 

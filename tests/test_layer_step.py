@@ -80,7 +80,7 @@ def test_steps_are_exact(implementation, mode, H, R, split, form):
     o = problem(H, R, mode, split=split, **form)
     wanted = exact(o)
     fenced = moved(o, lambda x: between_nans(x.to(implementation.device)) if x.ndim else x.to(implementation.device))
-    ours = layer_step(fenced, backend=implementation.backend)
+    ours = layer_step(*fenced, backend=implementation.backend)
     assert_exact(ours, wanted)
     token = (B, 1) if o.x.ndim == 3 else (B,)
     assert ours.reads.shape == (*token, H, R)
@@ -99,7 +99,7 @@ def test_steps_are_exact_in_every_dtype_of_the_model(implementation, dtype):
         o = problem(2, 4, "standard", state=state)._replace(x=torch.randn(B, 1, D).to(dtype))
         if dtype == torch.float64 and state:
             o = o._replace(state=o.state.double())
-        ours = layer_step(moved(o, lambda x: x.to(implementation.device)), backend=implementation.backend)
+        ours = layer_step(*moved(o, lambda x: x.to(implementation.device)), backend=implementation.backend)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         assert {x.dtype for x in (ours.reads, ours.state, *ours.corrections)} == {wide}
         assert_exact(ours, exact(o))
@@ -109,7 +109,7 @@ def test_steps_are_exact_in_every_dtype_of_the_model(implementation, dtype):
 def test_a_step_has_the_bits_of_the_single_operations_and_of_its_row_alone():
     for form in ({}, {"gains": True, "norm": True}, {"state": False}):
         o = problem(1, 8, "lambda_outside", mask=False, **form)
-        ours = layer_step(o, backend="cpu")
+        ours = layer_step(*o, backend="cpu")
         state = torch.zeros(B, 1, 8, 8) if o.state is None else o.state.clone()
         w = o.weights
         reads, _ = memory_decode(state, o.x, tuple(w.qkv_weight), *w[1:5], mode=w.mode, backend="cpu")
@@ -123,7 +123,7 @@ def test_a_step_has_the_bits_of_the_single_operations_and_of_its_row_alone():
         for row in range(B):
             part = slice(row, row + 1)
             alone = o._replace(x=o.x[part], state=None if o.state is None else o.state[part])
-            one = layer_step(alone, backend="cpu")
+            one = layer_step(*alone, backend="cpu")
             assert torch.equal(one.state, ours.state[part])
             assert all(torch.equal(x, y[part]) for x, y in zip(one.corrections, ours.corrections, strict=True))
 
@@ -131,9 +131,9 @@ def test_a_step_has_the_bits_of_the_single_operations_and_of_its_row_alone():
 def test_no_sequences_and_no_corrections_are_fine(implementation):
     o = problem(1, 8, "standard", mask=False)
     none = o._replace(weights=o.weights._replace(delta_weights=[], norm_weight=None))
-    assert layer_step(moved(none, lambda x: x.to(implementation.device)), backend=implementation.backend)[2] == ()
+    assert layer_step(*moved(none, lambda x: x.to(implementation.device)), backend=implementation.backend)[2] == ()
     empty = moved(o._replace(x=o.x[:0], state=o.state[:0]), lambda x: x.to(implementation.device))
-    ours = layer_step(empty, backend=implementation.backend)
+    ours = layer_step(*empty, backend=implementation.backend)
     assert ours.state.shape == (0, 1, 8, 8)
     assert [x.shape[0] for x in ours.corrections] == [0, 0, 0]
 
@@ -165,4 +165,4 @@ def of(o: LayerStepOperands, **changes) -> dict:
 def test_operands_that_do_not_fit_raise(backend, change, message):
     o = problem(1, 8, "standard", gains=True, norm=True)
     with pytest.raises((TypeError, ValueError), match=message):
-        layer_step(o._replace(**change(o)), backend=backend)
+        layer_step(*o._replace(**change(o)), backend=backend)

@@ -145,11 +145,6 @@ class DeltaMemConfig:
         if unknown or len(set(self.delta_heads)) != len(self.delta_heads):
             raise ValueError(f"delta_heads must be some of {', '.join(HEADS)}, each once, got {self.delta_heads!r}")
 
-    @property
-    def writes_tokens(self) -> bool:
-        """Whether every token writes, not a message or sentence."""
-        return self.memory_write_granularity == "token"
-
     def to_dict(self) -> dict[str, Any]:
         """Return all fields of the authors' file, including the archived ones with their fixed values."""
         used = {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..backends.reference.scan import gates as gates_of
-from ..operands import LayerStepOperands, SegmentOperands
+from ..operands import SegmentOperands
 from ..operands.checks import check_bool, check_device, check_float, check_mask, check_shape, fail
 from ..ops.attention_correction import attention_correction
 from ..ops.delta_update import delta_update
@@ -113,7 +113,7 @@ class DeltaMemory(MemoryWeights):
         is_plain = segment_ids is None and starts is None and not return_gates
         if is_plain and x.ndim == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and not is_compiling():
             collected = self.collect_weights()
-            step = layer_step(LayerStepOperands(x, state, mask, collected.weights))
+            step = layer_step(x, state, mask, collected.weights)
             after = step.state
             if not write:
                 after = self.zeros(x) if state is None else state

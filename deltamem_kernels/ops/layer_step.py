@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.eager import eager
-from ..operands import LayerStepOperands
+from ..operands import LayerStepOperands, LayerStepWeights
 from ..operands.checks import check_backend
 from .attention_correction import attention_correction
 from .memory_decode import memory_decode
@@ -25,26 +25,34 @@ class LayerStep(NamedTuple):
     """Each `[B, out]`, or `[B, 1, out]`, in the dtype of the reads, to be added to a projection's output."""
 
 
-def layer_step(operands: LayerStepOperands, *, backend: str | None = None) -> LayerStep:
+def layer_step(
+    x: Tensor, state: Tensor | None, mask: Tensor | None, weights: LayerStepWeights, *, backend: str | None = None
+) -> LayerStep:
     """Decode one token of each sequence: read the memory, write it, and compute the corrections of the projections.
 
-    This is `memory_decode` on a copy of the state, and an `attention_correction` of zeros by each delta_weight. A token
-    that the mask leaves out reads zeros and does not change its state. On a CPU it is one call into C++. There is no
-    gradient, and `torch.compile` does not trace the call: compiled code calls the single operations.
+    This is `memory_decode` on a copy of the state, and an `attention_correction` of zeros by each delta_weight. On a
+    CPU it is one call into C++. There is no gradient, and `torch.compile` does not trace the call: compiled code calls
+    the single operations.
 
     Args:
-        operands: the tensors and options, which are those of `memory_decode` and `attention_correction`.
+        x: `[B, D]`, or `[B, 1, D]`: the hidden states.
+        state: `[B, H, R, R]`; None means zeros. It is not written.
+        mask: `[B]`, or `[B, 1]` as x is, bool. A token that is False reads zeros and does not change its state.
+        weights: the weights and options, which are those of `memory_decode` and `attention_correction`.
         backend: as in `delta_update`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has run.
         BackendUnavailableError: the backend requested by name cannot run here.
     """
-    results = eager.layer_step(operands, backend)
+    results = eager.layer_step((x, state, mask, weights), backend)
+    if results:
+        return tuple.__new__(LayerStep, results)
+    operands = LayerStepOperands(x, state, mask, weights)
     if results is None:
         operands.check()
         check_backend(backend)
-    return LayerStep._make(results) if results else _composed(operands, backend)
+    return _composed(operands, backend)
 
 
 def _composed(o: LayerStepOperands, backend: str | None) -> LayerStep:

@@ -1,8 +1,7 @@
 """Extend single modules: their class is replaced by a subclass, made on demand from a mixin and the module's own class.
 
-The module stays the same object with the same name, parameters and hooks. Calls cost no more than an overridden method:
-a forward hook on every attention module and projection made decoding of SmolLM2-135M 3 % slower, an overridden forward
-0.3 %. FSDP2 and `torch.nn.utils.parametrize` extend modules in the same way.
+The module stays the same object, with its name, parameters and hooks. A call costs as much as an overridden method.
+FSDP2 and `torch.nn.utils.parametrize` extend modules in the same way. docs/architecture.md compares it with hooks.
 """
 
 from __future__ import annotations

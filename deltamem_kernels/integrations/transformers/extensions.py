@@ -103,7 +103,8 @@ class Attention(Extension):
         context = running.context or self.memory_attachment.context_of_attention()
         x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         memory = modules["delta_memory"]
-        is_step = context.steps and x.shape[1] == 1 and is_plain(memory) and memory.config.writes_tokens
+        is_step = context.steps and x.shape[1] == 1 and is_plain(memory)
+        is_step = is_step and memory.config.memory_write_granularity == "token"
         call = (StepCall if is_step else LayerCall)(self, context, x, kwargs)
         outer, running.layer_call = running.layer_call, call
         try:

@@ -51,7 +51,7 @@ class LayerCall:
         memory, call = self.memory, self.call
         self.write = call is None or call.write
         options: dict[str, Any] = {"mask": self.mask, "write": self.write}
-        if self.write and not memory.config.writes_tokens:
+        if self.write and memory.config.memory_write_granularity != "token":
             options |= _segments(memory.config, call, x, decoding=decoding)
         if context.starts is not None:
             options["starts"] = _starts(context.starts, x, "segment_ids" in options)
@@ -73,7 +73,7 @@ class LayerCall:
         correction = self.corrections[head]
         if self.measured is not None:
             self.measured.ratios[head] = self.measured.ratio(correction, output)
-        return corrected(name, output, correction, in_place)
+        return add_correction(name, output, correction, in_place)
 
     def finish(self) -> None:
         """Keep the state after the attention has run.
@@ -103,10 +103,10 @@ class LayerCall:
 
 def check_batch(state: Tensor, x: Tensor) -> None:
     """Raise ValueError unless there is a state for each row of x."""
-    if len(state) != len(x):
+    if state.shape[0] != x.shape[0]:
         raise ValueError(
-            f"the memory has states of {len(state)} sequences, but the model is called with a batch of {len(x)}: for "
-            "beams or several answers per prompt, repeat the states with repeat_interleave"
+            f"the memory has states of {state.shape[0]} sequences, but the model is called with a batch of "
+            f"{x.shape[0]}: for beams or several answers per prompt, repeat the states with repeat_interleave"
         )
 
 
@@ -121,7 +121,7 @@ def layer_mask(attention: Any, context: StackContext, x: Tensor, cache: Any, att
     return context.token_mask(attention_mask, batch, tokens, past)
 
 
-def corrected(name: str, output: Tensor, correction: Tensor, in_place: bool) -> Tensor:
+def add_correction(name: str, output: Tensor, correction: Tensor, in_place: bool) -> Tensor:
     """Add a correction to the output of the projection of this name."""
     if output.shape != correction.shape:
         raise ValueError(
