@@ -91,7 +91,9 @@ WITH_STATES = {
 
 
 @pytest.mark.parametrize(
-    ("options", "replaced"), [({}, ALWAYS), ({"state_dtype": torch.float32}, ALWAYS | WITH_STATES)], ids=str
+    ("options", "replaced"),
+    [({}, ALWAYS), ({"state_dtype": torch.float32}, ALWAYS | WITH_STATES)],
+    ids=["state as it is", "state in float32"],
 )
 def test_patch_may_be_repeated_and_undone(authors, options, replaced):
     before = functions(authors)
