@@ -64,12 +64,16 @@ def remembering(kind: str = "llama", attention: str = "sdpa", backbone_fields=No
     """Return a model with a random memory that changes the logits."""
     model = backbone(kind, attention, **(backbone_fields or {}))
     attach_memory(model, DeltaMemConfig(**fields))
+    randomise_memory(model)
+    return model
+
+
+def randomise_memory(model) -> None:
     with torch.no_grad():
         for _, layer in memory_layers(model):
             for name, weight in layer.delta_memory.named_parameters():
                 if weight.requires_grad:
                     weight.add_(torch.randn_like(weight) * (0.1 if name.endswith("proj") else 0.5))
-    return model
 
 
 def tokens(batch: int, length: int) -> torch.Tensor:

@@ -1,55 +1,36 @@
-"""A memory in every text decoder of transformers: each property holds, or the page says that the model lacks it."""
+"""A memory in every text decoder of transformers, and the page that says what holds for each."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from pathlib import Path
 
 import pytest
 import transformers
-from architectures import PROPERTIES, examine, kinds
+from architectures import HEADER, NO, Row, examine
 from models import one_thread
+from tiny_models import MODEL_TYPES
 
 __all__ = ["one_thread"]
 
-PAGE = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text(encoding="utf-8")
-SAME = f"transformers {transformers.__version__}," in PAGE
-QUICK = ["llama", "qwen3", "stablelm", "nemotron", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "olmo2", "phi"]
-TABLE = {
-    cells[0]: dict(zip(PROPERTIES, cells[1:], strict=True))
-    for cells in (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| ")
-    )
-    if cells[0] != "architecture"
-}
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "architectures.md").read_text()
+HEAD = str(Row(*Row._fields))
+ROWS = {row.split(" | ")[0].removeprefix("| "): row for row in PAGE.partition(HEAD)[2].splitlines()[2:]}
+QUICK = ("llama", "qwen3", "stablelm", "nemotron", "gemma2", "gemma3_text", "qwen3_moe", "qwen3_next", "phi3")
 
 
-def check(kind: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        row = examine(kind)
-    assert not any(cell.startswith("wrong") for cell in row.values()), row
-    assert (row["memory"] == "yes") == (kind in TABLE), row
-    for name in PROPERTIES:
-        if kind in TABLE and TABLE[kind][name] == "yes":
-            assert row[name] == "yes", row
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in MODEL_TYPES]
+)
+def test_a_memory_either_fits_or_is_refused_as_the_page_says(model_type):
+    row = examine(model_type)
+    assert NO not in row
+    assert str(row) == ROWS[model_type]
 
 
-@pytest.mark.parametrize("kind", QUICK)
-def test_a_memory_is_right_in_common_architectures(kind):
-    check(kind)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not SAME, reason="the page is of another release of transformers")
-@pytest.mark.parametrize("kind", sorted(set(kinds()) - set(QUICK)))
-def test_a_memory_is_right_in_every_architecture_or_does_not_fit(kind):
-    check(kind)
-
-
-@pytest.mark.skipif(not SAME, reason="the page is of another release of transformers")
-def test_the_page_names_every_architecture_once():
-    lists = [line.removesuffix(".").split(", ") for line in PAGE.split("## Without a memory")[1].splitlines()]
-    named = [name for names in lists if all(re.fullmatch(r"[\w-]+", name) for name in names) for name in names]
-    assert sorted([*TABLE, *named]) == kinds()
+def test_the_page_has_a_row_for_each_text_decoder_of_the_pinned_release():
+    pinned = f"transformers=={transformers.__version__}"
+    assert pinned in (ROOT / "constraints.txt").read_text().splitlines()
+    assert PAGE.startswith(HEADER), "write the page again: python tests/architectures.py > docs/architectures.md"
+    assert list(ROWS) == MODEL_TYPES
+    assert HEAD in PAGE

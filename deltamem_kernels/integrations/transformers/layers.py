@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,9 @@ from .cache_keyword import CACHE_KEYWORDS, cache_keyword
 from .extending import Extension
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # names of the module in a wrapper
+
+CACHE_SLOTS = ("cache_offset", "cycle_offset", "layer_idx")
+"""Arguments of attention modules that can run several times in one forward pass, with a slot of the cache each time."""
 
 WANTED = f"{', '.join(f'{head}_proj' for head in HEADS)} and layer_idx"
 
@@ -102,6 +106,9 @@ def _why_not(attention: nn.Module) -> str | None:
             return f"has a {head}_proj ({_class_name(projection)}) without in_features and out_features"
     if cache_keyword(attention) is None:
         return f"does not take {' or '.join(CACHE_KEYWORDS)}, which holds the states"
+    slot = next((name for name in CACHE_SLOTS if name in inspect.signature(attention.forward).parameters), None)
+    if slot is not None:
+        return f"takes {slot}: it can run several times in one forward pass, and a layer has one state"
     return None
 
 
