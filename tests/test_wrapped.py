@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from models import CLOSE, DROPPING, one_thread, remembering, tokens
+from models import CLOSE, DROPPING, TRANSFORMERS_5, one_thread, remembering, tokens
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (  # noqa: PLC2701
     CheckpointImpl,
     checkpoint_wrapper,
@@ -100,8 +100,9 @@ def test_checkpointed_layers_give_what_plain_layers_give(kind, use_reentrant):
     assert_close(run(other, ids), run(plain, ids))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS if TRANSFORMERS_5 else ["llama", "qwen3"])
 def test_packed_sequences_do_not_leak(kind):
+    """In transformers 4 they leak in the attention of the other models."""
     model, parts = remembering(kind), [tokens(1, n) for n in (5, 1, 6)]
     positions = torch.cat([torch.arange(x.shape[1]) for x in parts])[None]
     with torch.no_grad():
