@@ -30,11 +30,11 @@ CHUNK, NARROW = 8, 19
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("H", "R"), [(1, 8), (2, 4), (3, 5)])
+@pytest.mark.parametrize(("H", "R"), [(1, 8), (6, 4), (3, 5)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_prefill_is_exact_in_values_and_gradients(implementation, mode, H, R, packed):
     B, T = (1, 12) if packed else (2, 9)
-    split = H != 2
+    split = R != 4  # whose gates are per head: with few heads the gradients of their biases may all be small
     call = {"x": torch.randn(B, T, D), **parameters(H, R, mode != "no_lambda", R == 4, split=split)}
     states = 3 if packed else B
     call["initial_state"] = torch.randn(states, H, R, R)

@@ -17,8 +17,16 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (  # noq
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from deltamem_kernels.integrations.transformers import MemoryCall, attach_memory, detach_memory, memory_layers
+from deltamem_kernels.integrations.transformers import (
+    MemoryCall,
+    attach_memory,
+    detach_memory,
+    get_memory,
+    memory_layers,
+)
+from deltamem_kernels.integrations.transformers.cache_keyword import cache_keyword
 from deltamem_kernels.integrations.transformers.extending import Extension
+from deltamem_kernels.nn import DeltaMemConfig
 from deltamem_kernels.testing import relative_error
 
 __all__ = ["one_thread"]
@@ -290,3 +298,94 @@ def test_a_model_with_a_memory_compiles_in_one_graph(kind):
     assert relative_error(ours, exact) > 1e-3
     assert found.keys() == call.states.keys() == {0, 1}
     assert all(relative_error(found[index], state) <= CLOSE for index, state in call.states.items())
+
+
+def test_a_replaced_forward_raises():
+    model, ids = remembering(), tokens(1, 6)
+    attention = model.model.layers[1].self_attn
+    attention.forward = attention.original_class.forward.__get__(attention)
+    with pytest.raises(ValueError, match="the forward of a LlamaAttention was replaced by another library"):
+        model(ids)
+    del attention.forward
+    assert model(ids).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_arguments_of_attention_by_position_are_found():
+    model, x = remembering(), torch.randn(2, 6, 64)
+    attention = model.model.layers[0].self_attn
+    rotary = torch.ones(2, 6, 16), torch.zeros(2, 6, 16)
+    mask = torch.ones(2, 1, 6, 6).tril().bool()
+    mask[1, :, :, :2] = False
+    cache, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    keyword = cache_keyword(attention)
+    exact = attention(hidden_states=x, position_embeddings=rotary, attention_mask=mask, **{keyword: cache})[0]
+    assert torch.equal(attention(x, rotary, mask, other)[0], exact)
+    assert torch.equal(get_memory(other)[0], get_memory(cache)[0])
+
+
+def test_an_attach_that_fails_leaves_the_model_as_it_was():
+    model, ids = remembering(), tokens(1, 6)
+    detach_memory(model)
+    before, classes = model(ids).logits, [type(module) for module in model.modules()]
+    for module in (model.model.layers[1].self_attn, model.model):
+        module.forward = type(module).forward.__get__(module)
+        with pytest.raises(ValueError, match="was replaced by another library"):
+            attach_memory(model, DeltaMemConfig())
+        del module.forward
+        assert [type(each) for each in model.modules()] == classes
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_a_detach_that_fails_leaves_the_model_as_it_was():
+    model, ids = remembering(), tokens(1, 6)
+    before, projection = model(ids).logits, model.model.layers[1].self_attn.q_proj
+    torch.nn.utils.parametrize.register_parametrization(projection, "weight", torch.nn.Identity())
+    with pytest.raises(RuntimeError, match=r"the class of a .*Linear was changed after attach_memory"):
+        detach_memory(model)
+    assert relative_error(model(ids).logits, before) <= CLOSE
+    torch.nn.utils.parametrize.remove_parametrizations(projection, "weight")
+    detach_memory(model)
+    assert not any(isinstance(module, Extension) for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_replica_of_data_parallel_does_not_change_the_model():
+    model, ids = remembering(), tokens(1, 6)
+    before, attention = model(ids).logits, model.model.layers[0].self_attn
+    replica = attention._replicate_for_data_parallel()
+    replica._modules = dict(attention._modules)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        replica._modules[name] = attention._modules[name]._replicate_for_data_parallel()
+        replica._modules[name]._parameters = dict(attention._modules[name]._parameters)
+    model.model.layers[0]._modules["self_attn"] = replica
+    assert torch.equal(model(ids).logits, before)
+    model.model.layers[0]._modules["self_attn"] = attention
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_memory_call_of_a_part_of_the_model_raises():
+    model = remembering()
+    with (
+        pytest.raises(ValueError, match="the MemoryCall has no state of layer 1: create it with the whole model"),
+        MemoryCall(model.model.layers[0], {0: torch.randn(1, 1, 8, 8)}),
+    ):
+        model(tokens(1, 5), use_cache=False)
+
+
+def test_layers_without_a_memory_get_no_context():
+    model, seen = remembering(target_layers=(1,)), []
+    model.train()
+    model.model.layers[0].register_forward_pre_hook(lambda m, a, k: seen.append(set(k)), with_kwargs=True)
+    model(tokens(1, 5), use_cache=False).logits.sum().backward()
+    assert len(seen) == 1
+    assert not any("memory" in name for name in seen[0])
+
+
+def test_a_memory_detached_in_the_stack_alone_can_be_attached_again():
+    model, ids = remembering(), tokens(1, 6)
+    detach_memory(model.model)
+    attach_memory(model, DeltaMemConfig(output_init="random"))
+    assert model(ids).logits.isfinite().all()
+    detach_memory(model)
+    assert not any(isinstance(module, Extension) for module in model.modules())

@@ -110,8 +110,8 @@ class DeltaMemory(MemoryWeights):
         Raises:
             TypeError, ValueError: an argument does not fit; nothing has run.
         """
-        is_plain = segment_ids is None and starts is None and not return_gates
-        if is_plain and x.ndim == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and not is_compiling():
+        only_tokens = segment_ids is None and starts is None and not return_gates
+        if only_tokens and x.ndim == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and not is_compiling():
             collected = self.collect_weights()
             step = layer_step(x, state, mask, collected.weights)
             after = step.state

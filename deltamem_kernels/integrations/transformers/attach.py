@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from ...nn import DeltaMemConfig, DeltaMemory
 from ...nn.config import HEADS
 from .context import Attachment
-from .extending import Extension, extend, restore
-from .extensions import Attention, Layer, Model, Stack, carry_context, extend_projections, restore_projections
+from .extending import Extension, check_restorable, extend, restore
+from .extensions import Attention, Layer, Model, Stack, carry_context, extend_projections, restore_projection
 from .layers import WRAPPERS, attention_layers, check_model, memory_layers
 
 
@@ -40,7 +40,7 @@ def attach_memory(model: nn.Module, config: DeltaMemConfig, *, dtype: torch.dtyp
 def build_memories(model: nn.Module, config: DeltaMemConfig, dtype: torch.dtype) -> dict[str, DeltaMemory]:
     """Create a memory for each attention module, by the module's name, without changing the model."""
     check_model(model, config)
-    if any(isinstance(module, Extension) for module in model.modules()):
+    if memory_layers(model):
         raise ValueError("the model already has a memory: remove it with detach_memory first")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError("the model does not fit: it must be a decoder, got an encoder-decoder model")
@@ -79,13 +79,21 @@ def _device_of(*modules: nn.Module) -> torch.device:
 
 def install_memories(model: nn.Module, memories: dict[str, DeltaMemory]) -> list[str]:
     """Extend the model by memories for the attention modules of these names. Return the names."""
+    try:
+        return _install_memories(model, memories)
+    except BaseException:
+        detach_memory(model)
+        raise
+
+
+def _install_memories(model: nn.Module, memories: dict[str, DeltaMemory]) -> list[str]:
     modules, attachment = dict(model.named_modules()), Attachment()
     stacks: dict[str, set[str]] = {}  # name of a stack: names of its lists of layers
     for name, memory in memories.items():
         attention: Any = modules[name]
         extend(attention, Attention)
-        attention.delta_memory, attention.memory_attachment = memory, attachment
         attention.corrected_projections = {}
+        attention.delta_memory, attention.memory_attachment = memory, attachment
         extend_projections(attention, [f"{head}_proj" for head in HEADS if head in memory.config.delta_heads])
         place = _place_in_stack(modules, name)
         if place is not None:
@@ -96,12 +104,15 @@ def install_memories(model: nn.Module, memories: dict[str, DeltaMemory]) -> list
     for name, module in modules.items():
         is_model = isinstance(module, PreTrainedModel) and any(memory_layers(module))
         mixins = (Stack,) * (name in stacks) + (Model,) * is_model
-        if mixins:
+        if mixins and not isinstance(module, mixins):
             extend(module, *mixins)
         if name in stacks:
             stack_module: Any = module
             prefix = f"{name}." if name else ""
             stack_module.memory_attachment = attachment
+            stack_module.memory_attentions = tuple(
+                modules[attention] for attention in memories if attention.startswith(prefix)
+            )
             stack_module.memory_lists = tuple(layers.removeprefix(prefix) for layers in sorted(stacks[name]))
             for layers in stack_module.memory_lists:
                 carry_context(module.get_submodule(layers))
@@ -109,14 +120,22 @@ def install_memories(model: nn.Module, memories: dict[str, DeltaMemory]) -> list
 
 
 def detach_memory(model: nn.Module) -> None:
-    """Remove the memory from a model and restore it to its state before `attach_memory`."""
+    """Remove the memory from a model and restore it to its state before `attach_memory`.
+
+    Raises:
+        RuntimeError: another library has changed the class of a module since. The model is then unchanged.
+    """
+    extended = [module for module in model.modules() if isinstance(module, Extension)]
+    for module in extended:
+        check_restorable(module)
     for _, attention in memory_layers(model):
-        restore_projections(attention)
-        del attention.delta_memory, attention.corrected_projections
-    for module in model.modules():
-        if isinstance(module, Extension):
-            for name in ("memory_attachment", "memory_lists"):
-                module.__dict__.pop(name, None)
+        for projection in attention.corrected_projections.values():
+            restore_projection(projection)
+        del attention.delta_memory
+    for module in extended:
+        for name in ("memory_attachment", "memory_lists", "memory_attentions", "corrected_projections"):
+            module.__dict__.pop(name, None)
+        if isinstance(module, Extension):  # projections are restored
             restore(module)
 
 

@@ -36,7 +36,7 @@ class Step(NamedTuple):
     before: Tensor | None
     """The state before the call. None means zeros."""
     writes: Writes | None
-    """The writes of each token. None if tokens did not write, or messages wrote their means."""
+    """The writes of each token. None if tokens did not write, messages wrote their means, or the call had one token."""
     wrote: bool
 
     def first(self, tokens: int) -> Step:

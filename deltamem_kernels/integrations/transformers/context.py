@@ -115,13 +115,14 @@ class Attachment:
             storage = StorageWeakRef(inputs.untyped_storage())
             if not in_backward():
                 if len(self._calls_of) >= 64:
-                    self._calls_of = {ref: calls for ref, calls in self._calls_of.items() if not ref.expired()}
+                    self._calls_of = {ref: calls for ref, calls in list(self._calls_of.items()) if not ref.expired()}
                 self._calls_of.setdefault(storage, set()).add(number)
             elif self._calls_of.get(storage) != {number}:
                 raise RuntimeError(
-                    "a model with a memory is recomputed in backward outside of its MemoryCall: call backward inside "
-                    "the `with` block, or checkpoint the layers instead of the model, with "
-                    "gradient_checkpointing_enable"
+                    "a model with a memory is recomputed in backward outside of its MemoryCall, or its input tensor "
+                    "was used in several calls, so that this is not known: call backward inside the `with` block and "
+                    "pass each call a tensor of its own (input_ids.clone()), or checkpoint the layers instead of the "
+                    "model, with gradient_checkpointing_enable"
                 )
         return StackContext(call, starts)
 

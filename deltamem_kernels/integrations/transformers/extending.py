@@ -36,26 +36,35 @@ def extend(module: nn.Module, *mixins: type[Extension]) -> None:
     Raises:
         ValueError: the forward of this module alone was replaced, so that an overridden one would not run.
     """
-    hooked_by_accelerate = "_old_forward" in module.__dict__
-    if "forward" in module.__dict__ and not hooked_by_accelerate and _own_forward(mixins):
-        raise ValueError(
-            f"the model does not fit: another library replaced the forward of a {type(module).__name__}. Attach the "
-            "memory first"
-        )
+    if _own_forward(mixins):
+        check_own_forward(module)
     original: Any = type(module)
     _set_class(module, extended_class(mixins, original))
 
 
-def restore(module: nn.Module) -> None:
-    """Undo `extend`.
+def check_own_forward(module: nn.Module) -> None:
+    """Raise ValueError if the forward of this module alone was replaced. Hooks of accelerate call it, and are fine."""
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise ValueError(
+            f"the forward of a {type(module).__name__} was replaced by another library, so that a memory would not run "
+            "in it"
+        )
 
-    Raises:
-        RuntimeError: another library has extended the module since.
-    """
-    cls = type(module)
-    if "original_class" not in cls.__dict__:
-        raise RuntimeError(f"detach_memory must come before what extended {cls.__name__} after attach_memory is undone")
-    _set_class(module, cls.original_class)  # type: ignore[attr-defined]
+
+def check_restorable(module: nn.Module) -> None:
+    """Raise RuntimeError if another library has extended the module after `extend`."""
+    if "original_class" not in type(module).__dict__:
+        raise RuntimeError(
+            f"the class of a {type(module).__name__} was changed after attach_memory, for example by fully_shard or a "
+            "parametrization: undo that first, then call detach_memory"
+        )
+
+
+def restore(module: nn.Module) -> None:
+    """Undo `extend`."""
+    check_restorable(module)
+    cls: Any = type(module)
+    _set_class(module, cls.original_class)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any, NoReturn
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ...nn.memory import is_plain
 from .call import active_call
 from .context import KEYWORD, Attachment, running
-from .extending import Extension, extend, restore
+from .extending import Extension, check_own_forward, extend, restore
 from .layer_call import LayerCall
 from .packing import sequence_starts
 from .step_call import StepCall
@@ -49,9 +50,14 @@ class Stack(Extension):
     memory_attachment: Attachment
     memory_lists: tuple[str, ...]
     """Names of the lists of layers."""
+    memory_attentions: tuple[nn.Module, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         attachment = self.memory_attachment
+        if not torch.compiler.is_compiling():
+            for attention in self.memory_attentions:
+                if "forward" in attention.__dict__:
+                    check_own_forward(attention)
         starts = sequence_starts(self, args, kwargs)
         context = attachment.context_of_stack(active_call(attachment), starts, (*args, *kwargs.values()))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -100,12 +106,17 @@ class Attention(Extension):
             if modules[name] is not projection:
                 extend_projections(self, list(self.corrected_projections))
                 break
-        context = running.context or self.memory_attachment.context_of_attention()
+        context = running.context
+        if context is None:
+            context = self.memory_attachment.context_of_attention()
         x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        given = kwargs
+        if len(args) > 1:
+            given = inspect.signature(self.forward).bind_partial(*args).arguments | kwargs
         memory = modules["delta_memory"]
         is_step = context.steps and x.shape[1] == 1 and is_plain(memory)
         is_step = is_step and memory.config.memory_write_granularity == "token"
-        call = (StepCall if is_step else LayerCall)(self, context, x, kwargs)
+        call = (StepCall if is_step else LayerCall)(self, context, x, given)
         outer, running.layer_call = running.layer_call, call
         try:
             output = super().forward(*args, **kwargs)
@@ -134,26 +145,25 @@ class Projection(Extension):
 def carry_context(layers: nn.Module) -> None:
     """Extend the entries of a list of layers, unless they are extended."""
     for layer in layers.children():
-        if not isinstance(layer, Carrier):
+        if not isinstance(layer, Carrier) and any(isinstance(module, Layer) for module in layer.modules()):
             extend(layer, Carrier)
 
 
 def extend_projections(attention: Any, names: list[str]) -> None:
     """Extend the projections of these names, which PEFT may have replaced since they were extended."""
-    restore_projections(attention)
     for index, name in enumerate(names):
         projection = attention._modules[name]
-        if not isinstance(projection, Projection):  # a copy of an extended one is extended
+        if not isinstance(projection, Projection):  # a copy of an extended one, as in DataParallel, is extended
+            restore_projection(attention.corrected_projections.get(name))
             extend(projection, Projection)
         object.__setattr__(projection, "memory_name", name)
         object.__setattr__(projection, "memory_index", index)
     attention.corrected_projections = {name: attention._modules[name] for name in names}
 
 
-def restore_projections(attention: Any) -> None:
-    """Restore the projections of an attention module."""
-    for projection in attention.corrected_projections.values():
-        if isinstance(projection, Projection):
-            restore(projection)
-            object.__delattr__(projection, "memory_name")
-            object.__delattr__(projection, "memory_index")
+def restore_projection(projection: nn.Module | None) -> None:
+    """Restore a projection if it is extended."""
+    if isinstance(projection, Projection):
+        restore(projection)
+        object.__delattr__(projection, "memory_name")
+        object.__delattr__(projection, "memory_index")

@@ -94,7 +94,10 @@ class LayerCall:
         """Return the state before the call. None means zeros."""
         state = None if self.layer is None else self.layer.state
         if state is None and self.call is not None and self.call.initial:
-            state = self.call.initial[self.attention.layer_idx]
+            index = self.attention.layer_idx
+            if index not in self.call.initial:
+                raise ValueError(f"the MemoryCall has no state of layer {index}: create it with the whole model")
+            state = self.call.initial[index]
         if state is None:
             return None
         check_batch(state, x)

@@ -28,7 +28,8 @@ class MemoryCheckpoint(TrainerCallback):
     `save_total_limit` and `load_best_model_at_end` work as usual.
 
     From the creation of the Trainer to the end of training, the callback replaces `save_pretrained` of the model for
-    folders named `checkpoint-*`. Other folders get the whole model.
+    folders named `checkpoint-*`, and checks each `load_state_dict` of the model for the trained weights. Other folders
+    get the whole model. An interrupted training leaves both in place.
 
     Raises:
         ValueError: when the Trainer is created, if the model has no memory, or with FSDP or DeepSpeed, which write
@@ -53,15 +54,17 @@ class MemoryCheckpoint(TrainerCallback):
             model.load_state_dict(best, strict=False)
         self._load_check.remove()
         self._load_check = None
-        del model.save_pretrained
+        model.__dict__.pop("save_pretrained", None)
 
     def _install(self, args: Any, model: Any) -> None:
         if not memory_layers(model):
             raise ValueError("the model has no memory: call attach_memory before the Trainer is created")
         if args.deepspeed or args.fsdp:
             raise ValueError("MemoryCheckpoint does not support FSDP and DeepSpeed: remove them or the callback")
-        if self._load_check is not None:
+        if self._load_check is not None and "save_pretrained" in model.__dict__:
             return
+        if self._load_check is not None:  # another Trainer of this model has ended
+            self._load_check.remove()
         self._load_check = model.register_load_state_dict_post_hook(_check_loaded)
         save_whole = model.save_pretrained
 
